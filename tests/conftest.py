@@ -1,0 +1,38 @@
+"""What several tests share. No TensorFlow here: the model's tests run without it."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+TOY = ROOT / "tests" / "models"
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A models_dir of the test's own, with the toy in it and nothing else; TensorFlow has not read it yet."""
+    names = (
+        "checkpoint", "encoder.json", "hparams.json", "vocab.bpe",
+        "model.ckpt.data-00000-of-00001", "model.ckpt.index", "model.ckpt.meta",
+    )  # fmt: skip
+    (tmp_path / "124M").mkdir()
+    for name in names:
+        shutil.copy2(TOY / "124M" / name, tmp_path / "124M")
+    return tmp_path
+
+
+@pytest.fixture
+def run():
+    """run(*arguments) runs `python gpt2.py *arguments`; the result has .returncode, .stdout and .stderr."""
+
+    def run(*arguments, **options):
+        command = [sys.executable, ROOT / "gpt2.py", *arguments]
+        options = {"capture_output": True, "text": True, "timeout": 120, "check": False, **options}
+        options["env"] = {**os.environ, **options.get("env", {})}
+        return subprocess.run(command, **options)  # noqa: PLW1510 (check is among the options)
+
+    return run

@@ -120,7 +120,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
     """
     (n_ctx, n_embd), n_seq, n_new = params["wpe"].shape, len(inputs), n_tokens_to_generate
     if type(n_new) is not int or n_new < 0 or not 1 <= n_seq <= n_ctx - n_new:
-        raise UserError(f"{n_seq} prompt tokens and {n_new!r} to generate: at least 1 and 0, at most {n_ctx} together")
+        raise UserError(f"{n_seq} prompt tokens + {n_new!r} new: whole numbers from 1 + 0 up, {n_ctx} at most in all")
     kvcache = np.empty((len(params["blocks"]), 2, n_head, n_seq + n_new, n_embd // n_head), np.float32)
     ids, n_past = list(inputs), 0
     for _ in tqdm(range(n_new), "generating"):

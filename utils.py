@@ -37,10 +37,9 @@ def map_file(path):
 def fetch(session, url, path):
     """Download url to <path>.part, going on where an earlier try ended, and rename it to path once it is whole.
 
-    Raises UserError if it arrives damaged or the disk has no room, requests.RequestException (an OSError) if the
-    network or the server fails, OSError if the disk does.
+    Raises UserError if it arrives damaged or the disk has no room, OSError if the network, server or disk fails.
     """
-    import requests
+    import urllib3
     from tqdm import tqdm
 
     part, failures, timeout = f"{path}.part", 0, (5, 10)  # seconds to connect, and to wait for the next bytes
@@ -52,7 +51,7 @@ def fetch(session, url, path):
         elif reply.status_code == 200:  # the file comes from its beginning
             start = 0
         if reply.status_code not in (200, 206) or "html" in reply.headers.get("Content-Type", ""):
-            raise requests.HTTPError(f"{url} brings {reply.status_code} {reply.reason}, or the page of a log-in")
+            raise OSError(f"{url} brings {reply.status_code} {reply.reason}, or the page of a log-in")
         length = reply.headers.get("Content-Range") or reply.headers.get("Content-Length") or "0"
         total = int(length.rpartition("/")[2])  # of "bytes 5-9/10" or "10"; 0 if the server does not say
         if total - start > shutil.disk_usage(os.path.dirname(part)).free:
@@ -60,17 +59,17 @@ def fetch(session, url, path):
         try:
             bar = tqdm(desc=path, total=total or None, initial=start, unit="B", unit_scale=True, mininterval=1)
             with bar, open(part, "ab" if start else "wb", buffering=0) as file:
-                for piece in reply.iter_content(1 << 14):
+                while piece := reply.raw.read1(1 << 16):  # what is there: iter_content drops some when a line breaks
                     bar.update(file.write(piece))
                 os.fsync(file.fileno())  # or a power cut could leave the name without the content
             size = os.path.getsize(part)
             if size and size >= total:
                 break
-            raise requests.ConnectionError(f"{size:,} bytes came, not {total:,}")
-        except requests.RequestException:
+            raise urllib3.exceptions.ProtocolError(f"{size:,} bytes came of {total:,}")
+        except urllib3.exceptions.HTTPError as error:
             failures = 0 if os.path.exists(part) and os.path.getsize(part) > before else failures + 1
             if failures == 4:
-                raise
+                raise OSError(f"{url}: {error}") from error
             time.sleep(2**failures / 2)
     md5 = reply.headers.get("x-ms-blob-content-md5") or (reply.status_code == 200 and reply.headers.get("Content-MD5"))
     intact = total in (0, size) and (not md5 or base64.b64decode(md5) == hashlib.md5(map_file(part)).digest())
@@ -102,12 +101,12 @@ def download_gpt2_files(model_size, model_dir):
                 import fcntl
 
                 fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, however the process ends
-            session.mount("http", requests.adapters.HTTPAdapter(max_retries=retry))
+            session.mount(URL, requests.adapters.HTTPAdapter(max_retries=retry))
             session.headers["Accept-Encoding"] = "identity"  # what is counted are the bytes of the file
             for name in missing:
                 if not os.path.exists(path := os.path.join(model_dir, name)):  # another process may have been faster
                     fetch(session, f"{URL}/{model_size}/{name}", path)
-    except OSError as error:  # of the network (requests.RequestException is one) or the disk
+    except OSError as error:  # of the disk or the network: requests.RequestException is one
         # .reason: urllib3's own words rather than its wrapping
         raise UserError(f"{model_dir} is not complete ({getattr(error.args[0], 'reason', error)}): {ADVICE}") from error
 

@@ -88,8 +88,8 @@ def test_a_size_or_folder_that_looks_like_a_number_is_text(run, tmp_path):
         ([PROMPT, "--model_size", "../124M"], "'../124M'"),
         ([PROMPT, "--size", "124M"], "--size"),
         ([PROMPT, "1", "124M", str(TOY), "upper"], "upper"),
-        ([PROMPT, "--n_tokens_to_generate", "256", "--models_dir", str(TOY)], "256 to generate"),
-        (["and " * 300, "--models_dir", str(TOY)], "at most 256"),
+        ([PROMPT, "--n_tokens_to_generate", "256", "--models_dir", str(TOY)], "+ 256 new"),
+        (["and " * 300, "--models_dir", str(TOY)], "256 at most"),
         ([PROMPT, "--models_dir", "/dev/null"], "/dev/null"),
     ],
 )
@@ -116,7 +116,7 @@ def test_a_90_kb_prompt_and_a_word_of_100_000_letters_fail_with_their_token_coun
         done = run(prompt, "--models_dir", TOY)
         assert done.returncode == 1
         assert one_line(done.stderr)
-        assert " tokens and 40 to generate" in done.stderr
+        assert " tokens + 40 new" in done.stderr
         assert "256" in done.stderr
 
 

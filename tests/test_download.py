@@ -1,0 +1,406 @@
+"""The download, from a server on this machine that behaves as OpenAI's does, or misbehaves on command."""
+
+import base64
+import collections
+import hashlib
+import http.server
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import requests
+from conftest import ROOT, TOY
+
+import utils
+
+CONTENT = {name: (TOY / "124M" / name).read_bytes() for name in utils.FILES}
+DATA = "model.ckpt.data-00000-of-00001"
+HALF = len(CONTENT[DATA]) // 2
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves the toy as if it were OpenAI's 124M. .faults says what goes wrong, .asked and .sent what went on."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/gpt-2/models"
+        self.faults = {}  # file name -> a function of (handler, start, body) that answers instead, or None to go on
+        self.asked = collections.defaultdict(list)  # file name -> the Range headers
+        self.sent = collections.Counter()  # file name -> bytes
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_HEAD(self):
+        body = CONTENT[self.path.rpartition("/")[2]]
+        self.reply(200, {"Content-Length": len(body), "Content-MD5": md5(body)})
+
+    def do_GET(self):
+        name = self.path.rpartition("/")[2]
+        wanted = self.headers.get("Range")
+        self.server.asked[name].append(wanted)
+        if self.path != f"/gpt-2/models/124M/{name}" or name not in CONTENT:
+            self.reply(404, {"Content-Length": 0})
+            return
+        start, body = int(wanted[6:-1]) if wanted else 0, CONTENT[name]
+        fault = self.server.faults.get(name)
+        if fault and fault(self, start, body):
+            return
+        if start >= len(body):
+            self.reply(416, {"Content-Range": f"bytes */{len(body)}", "Content-Length": 0})
+        elif wanted:
+            span = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}", "x-ms-blob-content-md5": md5(body)}
+            self.reply(206, {"Content-Length": len(body) - start, **span}, body[start:])
+        else:
+            self.reply(200, {"Content-Length": len(body), "Content-MD5": md5(body)}, body)
+
+    def reply(self, status, headers, body=b""):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body)
+        self.server.sent[self.path.rpartition("/")[2]] += len(body)
+
+    def cut(self, start, body, end):
+        """Promise the rest of the body, send it up to end, and hang up."""
+        status, headers = 200, {"Content-Length": len(body) - start, "Content-MD5": md5(body)}
+        if start:
+            status = 206
+            headers = {
+                "Content-Length": len(body) - start,
+                "Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}",
+            }
+        self.reply(status, headers, body[start:end])
+        self.close_connection = True
+        return True
+
+
+def md5(body):
+    return base64.b64encode(hashlib.md5(body).digest()).decode()
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def folder(tmp_path, server, monkeypatch):
+    """An empty models/124M; the download goes to the server, and waits a hundredth of the time between tries."""
+    monkeypatch.setattr(utils, "URL", server.url)
+    monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(seconds / 100))
+    return tmp_path / "models" / "124M"
+
+
+def download(folder):
+    utils.download_gpt2_files("124M", str(folder))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def first(times, act):
+    """A fault that acts on the first requests alone."""
+    left = [times]
+
+    def fault(*arguments):
+        left[0] -= 1
+        return act(*arguments) if left[0] >= 0 else None
+
+    return fault
+
+
+def test_the_projects_url_is_openais():
+    assert utils.URL == "https://openaipublic.blob.core.windows.net/gpt-2/models"
+
+
+def test_an_empty_folder_gets_the_seven_files_and_no_byte_twice(folder, server):
+    download(folder)
+    assert contents(folder) == CONTENT
+    assert server.sent == {name: len(body) for name, body in CONTENT.items()}
+
+
+def test_a_complete_folder_asks_the_network_nothing(folder, server, monkeypatch):
+    shutil.copytree(TOY / "124M", folder)
+    monkeypatch.setattr(requests, "Session", None)
+    download(folder)
+    assert not server.asked
+
+
+@pytest.mark.parametrize("name", CONTENT)
+def test_only_what_is_missing_is_fetched(folder, server, name):
+    shutil.copytree(TOY / "124M", folder)
+    (folder / name).unlink()
+    download(folder)
+    assert list(server.asked) == [name]
+    assert (folder / name).read_bytes() == CONTENT[name]
+
+
+def test_a_checkpoint_of_another_name_is_not_mixed_with_openais(folder, server):
+    folder.mkdir(parents=True)
+    (folder / "checkpoint").write_text('model_checkpoint_path: "model-1000"\n')
+    download(folder)
+    assert sorted(server.asked) == ["encoder.json", "hparams.json", "vocab.bpe"]
+    assert (folder / "checkpoint").read_text() == 'model_checkpoint_path: "model-1000"\n'
+
+
+def test_a_checkpoint_of_another_name_is_not_mixed_even_where_no_file_names_it(folder, server):
+    folder.mkdir(parents=True)
+    (folder / "model-1000.index").write_bytes(b"mine")
+    download(folder)
+    assert sorted(server.asked) == ["encoder.json", "hparams.json", "vocab.bpe"]
+
+
+def test_a_broken_connection_is_resumed_where_it_broke(folder, server):
+    server.faults[DATA] = first(1, lambda handler, start, body: handler.cut(start, body, HALF))
+    download(folder)
+    assert contents(folder) == CONTENT
+    assert server.asked[DATA] == [None, f"bytes={HALF}-"]
+    assert server.sent[DATA] == len(CONTENT[DATA])
+
+
+def test_as_long_as_something_comes_the_tries_are_not_counted(folder, server):
+    server.faults[DATA] = lambda handler, start, body: handler.cut(start, body, start + len(body) // 20 + 1)
+    download(folder)
+    assert contents(folder) == CONTENT
+    assert len(server.asked[DATA]) == 20
+
+
+def test_a_connection_that_always_breaks_at_once_is_given_up_and_what_came_is_kept(folder, server):
+    server.faults[DATA] = lambda handler, start, body: handler.cut(start, body, HALF)
+    with pytest.raises(ValueError, match="is not complete"):
+        download(folder)
+    assert contents(folder)[f"{DATA}.part"] == CONTENT[DATA][:HALF]
+    assert DATA not in contents(folder)
+
+
+def test_a_stalled_connection_is_left_and_resumed(folder, server, monkeypatch):
+    get = requests.Session.get
+    monkeypatch.setattr(requests.Session, "get", lambda *a, timeout, **k: get(*a, timeout=(1, timeout[1] / 20), **k))
+
+    def stall(handler, start, body):
+        handler.reply(200, {"Content-Length": len(body)}, body[:5000])
+        time.sleep(300)
+
+    server.faults[DATA] = first(1, stall)
+    download(folder)
+    assert contents(folder) == CONTENT
+    assert server.asked[DATA] == [None, "bytes=5000-"]
+
+
+def test_every_request_has_a_timeout(folder, monkeypatch):
+    timeouts, send = [], requests.Session.send
+    monkeypatch.setattr(requests.Session, "send", lambda *a, **k: timeouts.append(k.get("timeout")) or send(*a, **k))
+    download(folder)
+    assert len(timeouts) == 7
+    assert all(0 < limit <= 15 for pair in timeouts for limit in pair)
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_a_server_that_is_busy_for_a_moment_is_asked_again(folder, server, status):
+    busy = {"Content-Length": 0, "Retry-After": 3600}
+    server.faults["vocab.bpe"] = first(2, lambda handler, start, body: handler.reply(status, busy) or True)
+    download(folder)
+    assert contents(folder) == CONTENT
+    assert len(server.asked["vocab.bpe"]) == 3
+
+
+def test_a_server_that_ignores_ranges_restarts_the_file(folder, server):
+    def whole(handler, start, body):
+        return handler.reply(200, {"Content-Length": len(body), "Content-MD5": md5(body)}, body) or True
+
+    def cut_first(handler, start, body):
+        return whole(handler, start, body) if start else handler.cut(start, body, HALF)
+
+    server.faults[DATA] = cut_first
+    download(folder)
+    assert contents(folder) == CONTENT
+
+
+def test_a_part_that_is_whole_is_only_renamed(folder, server):
+    folder.mkdir(parents=True)
+    (folder / f"{DATA}.part").write_bytes(CONTENT[DATA])
+    download(folder)
+    assert contents(folder) == CONTENT
+    assert server.sent[DATA] == 0
+
+
+@pytest.mark.parametrize("wrong", [b"x" * len(CONTENT[DATA]), b"x" * 100, b"x" * (len(CONTENT[DATA]) + 1)])
+def test_a_part_of_another_file_is_found_out_and_deleted(folder, server, wrong):
+    folder.mkdir(parents=True)
+    (folder / f"{DATA}.part").write_bytes(wrong)
+    with pytest.raises(ValueError, match=rf"{DATA} did not arrive as it was sent"):
+        download(folder)
+    assert not {DATA, f"{DATA}.part"} & contents(folder).keys()
+    download(folder)
+    assert contents(folder) == CONTENT
+
+
+def test_a_wrong_md5_is_refused_and_nothing_of_it_kept(folder, server):
+    headers = {"Content-Length": len(CONTENT["vocab.bpe"]), "Content-MD5": md5(b"something else")}
+    server.faults["vocab.bpe"] = lambda handler, start, body: handler.reply(200, headers, body) or True
+    with pytest.raises(ValueError, match=r"vocab\.bpe did not arrive as it was sent"):
+        download(folder)
+    assert not {"vocab.bpe", "vocab.bpe.part"} & contents(folder).keys()
+
+
+def test_without_a_length_the_bar_has_no_total_and_the_file_is_whole(folder, server, capsys):
+    def chunked(handler, start, body):
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        handler.wfile.write(f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n")
+        return True
+
+    server.faults[DATA] = chunked
+    download(folder)
+    assert contents(folder) == CONTENT
+    assert re.search(rf"{DATA}: 487k?B \[|{DATA}: 487kB", capsys.readouterr().err)
+
+
+def test_a_404_is_said_with_the_file_and_nothing_is_kept(folder, server):
+    server.faults["vocab.bpe"] = lambda handler, start, body: handler.reply(404, {"Content-Length": 3}, b"<x>") or True
+    with pytest.raises(ValueError, match=r"vocab\.bpe brings 404 Not Found"):
+        download(folder)
+    assert not {"vocab.bpe", "vocab.bpe.part"} & contents(folder).keys()
+
+
+@pytest.mark.parametrize("headers", [{"Content-Type": "text/html; charset=utf-8"}, {}])
+@pytest.mark.parametrize("page", [b"<html>please log in</html>", b"<!DOCTYPE html>\n<HTML>please log in</HTML>"])
+def test_a_web_page_is_no_model_file(folder, server, headers, page):
+    headers = {**headers, "Content-Length": len(page)}
+    server.faults["encoder.json"] = lambda handler, start, body: handler.reply(200, headers, page) or True
+    with pytest.raises(ValueError, match=r"encoder\.json"):
+        download(folder)
+    assert contents(folder) == {}
+
+
+def test_a_web_page_does_not_cost_what_has_come_so_far(folder, server):
+    folder.mkdir(parents=True)
+    (folder / f"{DATA}.part").write_bytes(CONTENT[DATA][:HALF])
+    page = {"Content-Type": "text/html", "Content-Length": 13}
+    server.faults[DATA] = first(1, lambda handler, start, body: handler.reply(200, page, b"<html></html>") or True)
+    with pytest.raises(ValueError, match="log-in"):
+        download(folder)
+    download(folder)
+    assert server.asked[DATA][-1] == f"bytes={HALF}-"
+    assert contents(folder) == CONTENT
+
+
+def test_a_disk_without_room_is_said_before_the_file_is_begun(folder, server, monkeypatch):
+    usage = collections.namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10_000))
+    with pytest.raises(ValueError, match=r"needs 487,104 bytes more"):
+        utils.fetch(requests.Session(), f"{server.url}/124M/{DATA}", str(make(folder) / DATA))
+    assert contents(folder) == {}
+
+
+def make(folder):
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_a_disk_that_fills_up_keeps_what_came(folder, server, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="No space left on device"):
+        download(folder)
+    assert list(contents(folder)) == ["encoder.json.part"]
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ValueError, match=r"Not a directory.*file/124M"):
+        utils.download_gpt2_files("124M", str(tmp_path / "file" / "124M"))
+
+
+def test_no_network_is_said_with_the_toys_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    for url in ("http://127.0.0.1:9/models", "https://no-such-host.invalid/models"):
+        monkeypatch.setattr(utils, "URL", url)
+        with pytest.raises(
+            ValueError, match=r"(refused|resolve).*python gpt2\.py .* --models_dir tests/models"
+        ) as error:
+            utils.download_gpt2_files("124M", str(tmp_path / "124M"))
+        assert "\n" not in str(error.value)
+
+
+def test_progress_is_one_bar_a_file_in_bytes_from_where_it_resumed(folder, server, capsys):
+    folder.mkdir(parents=True)
+    (folder / f"{DATA}.part").write_bytes(CONTENT[DATA][:HALF])
+    download(folder)
+    err = capsys.readouterr().err
+    assert re.search(rf"{DATA}:  50%.* 244k/487k ", err)
+    assert all(f"{name}: 100%" in err for name in CONTENT)
+
+
+def program(server):
+    """The program with its URL redirected, for a process of its own; arguments as for gpt2.py follow."""
+    redirected = f"import runpy, utils; utils.URL = {server.url!r}; runpy.run_path('gpt2.py', run_name='__main__')"
+    return [sys.executable, "-c", redirected]
+
+
+def test_killed_at_any_moment_the_next_run_resumes(tmp_path, server):
+    server.faults[DATA] = first(
+        1,
+        lambda handler, start, body: handler.reply(200, {"Content-Length": len(body)}, body[:HALF]) or time.sleep(300),
+    )
+    command = [*program(server), "Twas brillig, and the slithy", "5", "--models_dir", tmp_path]
+    part = tmp_path / "124M" / f"{DATA}.part"
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not part.exists() or part.stat().st_size < HALF - (1 << 14):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    size = part.stat().st_size
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(" toves"), done.stderr
+    assert server.asked[DATA] == [None, f"bytes={size}-"]
+    assert not part.exists()
+
+
+def test_three_processes_in_one_empty_folder_end_with_whole_files_and_three_texts(tmp_path, server):
+    def slowly(handler, start, body):
+        time.sleep(0.2)
+
+    server.faults = dict.fromkeys(CONTENT, slowly)
+    command = [*program(server), "Twas brillig, and the slithy", "5", "--models_dir", tmp_path]
+    runs = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    for process in runs:
+        stdout, stderr = process.communicate(timeout=120)
+        assert stdout.startswith(" toves"), stderr
+    assert {name: (tmp_path / "124M" / name).read_bytes() for name in CONTENT} == CONTENT
+    assert server.sent == {name: len(body) for name, body in CONTENT.items()}
+
+
+def test_a_download_that_fails_is_one_line_on_the_command_line(tmp_path, server):
+    server.faults["encoder.json"] = lambda handler, start, body: handler.reply(404, {"Content-Length": 0}) or True
+    done = subprocess.run(
+        [*program(server), "x", "--models_dir", tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "404" in done.stderr
+    assert pathlib.Path(tmp_path, "124M").is_dir()

@@ -60,8 +60,9 @@ def ffn(x, c_fc, c_proj):
 def attention(q, k, v, mask):
     """Each query's mean of the values, weighted by how well their keys match it.
 
-    q [n_q, d_k], k [n_k, d_k], v [n_k, d_v], mask [n_q, n_k] (0: seen, -1e10: not) -> [n_q, d_v]. Axes before these,
-    such as the heads, are kept. Vaswani et al. 2017, section 3.2.1: a sum of d_k products grows like sqrt(d_k).
+    q [n_q, d_k], k [n_k, d_k], v [n_k, d_v], mask [n_q, n_k] (0: seen, -1e10: hidden, its exp is 0) -> [n_q, d_v]. Axes
+    before these, such as the heads, are kept. Vaswani et al. 2017, section 3.2.1: a sum of d_k products grows with
+    sqrt(d_k), and without the division softmax would choose one key and forget the others.
     """
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2)  # [n_q, d_k] @ [d_k, n_k] -> [n_q, n_k]
     return softmax(scores + mask) @ v  # [n_q, n_k] @ [n_k, d_v] -> [n_q, d_v]
@@ -81,8 +82,9 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None):
     if kvcache is not None:  # no later token changes a key or value: computed once, they serve all that follow
         kvcache[:, :, -n_seq:] = qkv[1:]
         k, v = kvcache  # 2 x [n_head, n_past + n_seq, n_embd/n_head]
-    seen = np.tri(n_seq, k.shape[1], k.shape[1] - n_seq, dtype=x.dtype)  # 1 on and below the diagonal, else 0
-    x = attention(q, k, v, -1e10 * (1 - seen))  # a query sees no later key: -> [n_head, n_seq, n_embd/n_head]
+    seen = np.tri(n_seq, k.shape[1], k.shape[1] - n_seq, dtype=x.dtype)  # [n_seq, n_past + n_seq]
+    # seen: 1 for the keys up to the query's own place, 0 for later ones; for a single new token there are none
+    x = attention(q, k, v, -1e10 * (1 - seen))  # -> [n_head, n_seq, n_embd/n_head]
     x = x.swapaxes(0, 1).reshape(n_seq, n_embd)  # the heads side by side again: -> [n_seq, n_embd]
     return linear(x, **c_proj)  # [n_seq, n_embd] -> [n_seq, n_embd]
 
@@ -109,7 +111,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None):
     for i, block in enumerate(blocks):
         x = transformer_block(x, **block, n_head=n_head, kvcache=None if kvcache is None else kvcache[i])
     x = layer_norm(x if kvcache is None else x[-1:], **ln_f)
-    return x @ wte.T  # wte once more, as output: [n_seq, n_embd] @ [n_embd, n_vocab] -> [n_seq, n_vocab]
+    # wte once more: a token scores high if its embedding is like x (tied weights, Press and Wolf 2017)
+    return x @ wte.T  # [n_seq, n_embd] @ [n_embd, n_vocab] -> [n_seq, n_vocab]
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate):

@@ -1,0 +1,38 @@
+"""The README keeps its word: its links lead where they say, and its examples print what it shows."""
+
+import contextlib
+import io
+import re
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LINKS = re.findall(r"\[([^\]]+)\]\(([^)#]+)(?:#L(\d+))?\)", README)
+
+
+@pytest.mark.parametrize(("text", "path", "line"), LINKS)
+def test_a_link_leads_to_what_it_names(text, path, line):
+    assert (ROOT / path).exists()
+    if line:
+        assert re.match(
+            rf"\s*(def|class) {text}\b", (ROOT / path).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+        )
+
+
+def test_each_function_of_the_model_is_linked():
+    functions = re.findall(r"^def (\w+)", (ROOT / "gpt2.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [text for text, path, line in LINKS if path == "gpt2.py" and line] == functions
+
+
+def test_the_examples_print_what_the_readme_shows(monkeypatch):
+    pytest.importorskip("jax")
+    monkeypatch.chdir(ROOT)
+    examples = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, re.DOTALL)
+    names = {}
+    assert len(examples) == README.count("```python")
+    for code, shown in examples:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, names)  # noqa: S102 (the README's own code, in one session)
+        assert printed.getvalue() == shown

@@ -12,8 +12,8 @@ import os
 
 import regex
 
-# A contraction, letters, numbers, other signs (each with at most one space before it), or white space. White space
-# leaves its last character to the word that follows: "a  b" is split into "a", " " and " b".
+# The end of a contraction ("don't" is split into "don" and "'t"), letters, numbers, other signs (each with at most one
+# space before it), or white space, which leaves its last character to what follows: "a  b" is "a", " " and " b".
 PATTERN = regex.compile(r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 

@@ -36,7 +36,7 @@ def softmax(x):
 def layer_norm(x, g, b, eps=1e-5):
     """Give each row of x mean 0 and variance 1, then scale by g and shift by b, both [n_embd]; same shape as x.
 
-    Ba et al. 2016, section 3.1; eps, OpenAI's, keeps a constant row from dividing by 0.
+    Ba et al. 2016, section 3.1; eps (OpenAI's value) keeps a constant row from dividing by 0.
     """
     x = x - np.mean(x, axis=-1, keepdims=True)
     variance = np.mean(x * x, axis=-1, keepdims=True)  # [n_seq, n_embd] -> [n_seq, 1]
@@ -60,16 +60,16 @@ def ffn(x, c_fc, c_proj):
 def attention(q, k, v, mask):
     """Each query's mean of the values, weighted by how well their keys match it.
 
-    q [n_q, d_k], k [n_k, d_k], v [n_k, d_v], mask [n_q, n_k] (0: seen, -1e10: hidden, its exp is 0) -> [n_q, d_v]. Axes
-    before these, such as the heads, are kept. Vaswani et al. 2017, section 3.2.1: a sum of d_k products grows with
-    sqrt(d_k), and without the division softmax would choose one key and forget the others.
+    q [n_q, d_k], k [n_k, d_k], v [n_k, d_v], mask [n_q, n_k] (added to the scores: 0 keeps, -1e10 hides, for its exp is
+    0) -> [n_q, d_v]. Axes before these, such as the heads, are kept. Vaswani et al. 2017, section 3.2.1: a sum of d_k
+    products grows with sqrt(d_k); divided by that, it does not make softmax choose one key and forget the others.
     """
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2)  # [n_q, d_k] @ [d_k, n_k] -> [n_q, n_k]
     return softmax(scores + mask) @ v  # [n_q, n_k] @ [n_k, d_v] -> [n_q, d_v]
 
 
 def mha(x, c_attn, c_proj, n_head, kvcache=None):
-    """Multi-head self-attention: what each token takes from those before it. [n_seq, n_embd] -> [n_seq, n_embd].
+    """Multi-head self-attention: what a token takes from itself and those before. [n_seq, n_embd] -> [n_seq, n_embd].
 
     Vaswani et al. 2017, section 3.2.2. n_head heads attend side by side, each in n_embd / n_head dimensions.
     kvcache, a float32 array [2, n_head, n_past + n_seq, n_embd/n_head], holds the keys and values of n_past earlier
@@ -77,13 +77,13 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None):
     """
     n_seq, n_embd = x.shape
     qkv = linear(x, **c_attn)  # [n_seq, n_embd] -> [n_seq, 3*n_embd]
+    # [n_seq, 3*n_embd] -> [n_seq, 3, n_head, n_embd/n_head] -> qkv [3, n_head, n_seq, n_embd/n_head]: q, k and v
     q, k, v = qkv = qkv.reshape(n_seq, 3, n_head, n_embd // n_head).transpose(1, 2, 0, 3)
-    # q, k and v: [n_head, n_seq, n_embd/n_head]; qkv: the three of them
     if kvcache is not None:  # no later token changes a key or value: computed once, they serve all that follow
         kvcache[:, :, -n_seq:] = qkv[1:]
-        k, v = kvcache  # 2 x [n_head, n_past + n_seq, n_embd/n_head]
+        k, v = kvcache  # from here on k and v are [n_head, n_past + n_seq, n_embd/n_head]
     seen = np.tri(n_seq, k.shape[1], k.shape[1] - n_seq, dtype=x.dtype)  # [n_seq, n_past + n_seq]
-    # seen: 1 for the keys up to the query's own place, 0 for later ones; for a single new token there are none
+    # the causal mask: seen is 1 for the keys up to the query's own place, 0 for later ones (one new token has none)
     x = attention(q, k, v, -1e10 * (1 - seen))  # -> [n_head, n_seq, n_embd/n_head]
     x = x.swapaxes(0, 1).reshape(n_seq, n_embd)  # the heads side by side again: -> [n_seq, n_embd]
     return linear(x, **c_proj)  # [n_seq, n_embd] -> [n_seq, n_embd]
@@ -101,9 +101,10 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kvcache=None):
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None):
     """The model: token ids [n_seq] -> logits, float32 [n_seq, n_vocab]; row i is about the token after inputs[i].
 
-    wte [n_vocab, n_embd] and wpe [n_ctx, n_embd] embed tokens and positions; blocks and ln_f are the layers' weights.
+    wte [n_vocab, n_embd] and wpe [n_ctx, n_embd] embed tokens and positions; blocks has each layer's weights, ln_f
+    those of the last layer_norm.
     kvcache [n_layer, 2, n_head, n_past + n_seq, n_embd/n_head] (see `mha`): inputs come after n_past earlier tokens,
-    and the logits are those of the last token alone, [1, n_vocab].
+    n_ctx tokens in all at most, and the logits are those of the last one alone, [1, n_vocab].
     """
     inputs = np.asarray(inputs)
     n_past = 0 if kvcache is None else kvcache.shape[3] - len(inputs)
@@ -123,11 +124,11 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
     """
     (n_ctx, n_embd), n_seq, n_new = params["wpe"].shape, len(inputs), n_tokens_to_generate
     if type(n_new) is not int or n_new < 0 or not 1 <= n_seq <= n_ctx - n_new:
-        raise UserError(f"{n_seq} prompt tokens + {n_new!r} new: whole numbers from 1 + 0 up, {n_ctx} at most in all")
+        raise UserError(f"{n_seq} prompt tokens + {n_new!r} new: whole numbers, the first > 0, {n_ctx} at most in all")
     kvcache = np.empty((len(params["blocks"]), 2, n_head, n_seq + n_new, n_embd // n_head), np.float32)
     ids, n_past = list(inputs), 0
     for _ in tqdm(range(n_new), "generating"):
-        while n_past < len(ids):  # first the prompt, in pieces that the processor's caches hold; then the newest token
+        while n_past < len(ids):  # at first the prompt, 128 tokens at a time (which is fastest); then the newest token
             new = ids[n_past : n_past + 128]
             logits = gpt2(new, **params, n_head=n_head, kvcache=kvcache[:, :, :, : n_past + len(new)])
             n_past += len(new)
@@ -167,7 +168,7 @@ def command_line():
 
     calls = []  # Fire calls a function before it has understood the whole line: here it is only noted
     note = functools.wraps(main)(lambda *args, **kwargs: calls.append(functools.partial(main, *args, **kwargs)))
-    fire.decorators.FIRE_METADATA = "_fire"  # the help would show a name without an underscore
+    fire.decorators.FIRE_METADATA = "_fire"  # an attribute that SetParseFns makes; --help lists those without "_"
     fire.decorators.SetParseFns(prompt=str, model_size=str, models_dir=str)(note)  # or Fire makes a number of "12345"
     arguments = ["--help"] if {"-h", "--help"} & set(sys.argv[1:]) else sys.argv[1:]
     try:
@@ -176,7 +177,7 @@ def command_line():
         print(calls[0](), flush=True)
     except fire.core.FireExit as stop:
         mistake = stop.code and f"{stop.trace.elements[-1].ErrorAsStr()} (see python gpt2.py --help)"
-        sys.exit(mistake or print(screen.getvalue(), file=sys.stderr))
+        sys.exit(mistake or print(screen.getvalue(), file=sys.stderr))  # code 0 is --help: its text, and status 0
     except BrokenPipeError:  # the reader of the text has seen enough: nothing to say, not even when Python exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:

@@ -126,7 +126,7 @@ def checkpoint_prefix(model_dir):
 
 
 def variable_shapes(hparams):
-    """{name: shape} of GPT-2's variables in a checkpoint (OpenAI's src/model.py); a w has an axis of 1 before these."""
+    """{name: shape} of GPT-2's variables in a checkpoint (OpenAI's src/model.py), where each w is [1, n_in, n_out]."""
     n_embd = hparams["n_embd"]
     layer = {f"{norm}/{name}": [n_embd] for norm in ("ln_1", "ln_2") for name in "gb"}
     for linear, n_in, n_out in (("attn/c_attn", 1, 3), ("attn/c_proj", 1, 1), ("mlp/c_fc", 1, 4), ("mlp/c_proj", 4, 1)):
@@ -161,8 +161,9 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
 
     TensorFlow's Saver writes tensors raw (float32, little-endian, as NumPy keeps them), back to back, in the order of
     their names. So an array can be a map of its place in the file: the system brings a page when it is first touched,
-    and keeps it for the next start. Nothing promises this layout: the file <tf_ckpt_path>.mapped says that TensorFlow
-    has read the very same bytes from these files (of this size and time) for these hparams. Else TensorFlow reads them.
+    and keeps it for the next start. Nothing promises this layout, so at the first start TensorFlow reads the arrays and
+    each is compared with its place. If all agree, <tf_ckpt_path>.mapped is written: hparams, and size and time of the
+    two files. As long as it says what is true, TensorFlow is not needed; else it reads the arrays again.
     """
     shapes, data, facts, known = variable_shapes(hparams), np.empty(0, np.uint8), None, False
     with contextlib.suppress(OSError, ValueError):  # several shards or an empty file: TensorFlow knows; no .mapped yet
@@ -177,7 +178,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
         raw = data[offset : offset + 4 * np.prod(shape)]  # bytes
         offset += raw.size
         mapped = known or np.array_equal(raw, tensors[name].reshape(-1).view(np.uint8))
-        facts = facts if mapped else None
+        facts = facts if mapped else None  # one array stands elsewhere: no .mapped will be written
         (*path, last), group = name.split("/")[1:], params  # model/h0/attn/c_attn/w -> h0, attn, c_attn and w
         for key in path:
             group = params["blocks"][int(key[1:])] if key[0] == "h" else group.setdefault(key, {})
@@ -196,7 +197,7 @@ def load_encoder_hparams_and_params(model_size, models_dir):
 
     model_size: one of MODEL_SIZES, in the folder <models_dir>/<model_size>. Raises UserError (a ValueError) or OSError.
     """
-    model_dir = f"{models_dir}/{model_size}"
+    model_dir = os.path.join(models_dir, str(model_size))
     download_gpt2_files(model_size, model_dir)
     encoder, path = get_encoder(model_size, models_dir), os.path.join(model_dir, "hparams.json")
     with blame(path), open(path, encoding="utf-8") as file:

@@ -199,7 +199,8 @@ def main(size, rounds, folder, engines):
         print(f"writing a checkpoint of random values into {folder}", file=sys.stderr)
         subprocess.run([sys.executable, __file__, "--child", "write", "", str(folder)], check=True)
     peers = folder.parent / f"{size}-peers"
-    if all(map(importlib.util.find_spec, ("torch", "transformers"))) and not peers.exists():
+    installed = all(map(importlib.util.find_spec, ("torch", "transformers")))
+    if installed and not peers.exists() and set(engines) - set(OURS):
         print("writing the same weights for the peers", file=sys.stderr)
         subprocess.run([sys.executable, __file__, "--child", "write for peers", "", str(folder)], check=True)
     engines = [name for name in engines if name in OURS or (peers / name.lower()).exists()]

@@ -142,7 +142,7 @@ def test_a_missing_variable_is_named(tmp_path, params, name):
 def test_a_variable_of_another_shape_is_named_with_both_shapes(tmp_path, params):
     values = variables(params) | {"model/wpe": np.zeros((17, 12), np.float32)}
     prefix = save(tmp_path, values)
-    for _ in range(2):  # by TensorFlow, then by the layout file
+    for _ in range(2):
         with pytest.raises(ValueError, match=r"model/wpe is \[16, 12\].*\[17, 12\]"):
             load(prefix)
 

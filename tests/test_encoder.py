@@ -19,7 +19,7 @@ HOSTILE = [
     "",
     " ",
     "Alan Turing theorized that computers would one day become",
-    "I'LL don't, they'd've said; it's 'twas ’tis",
+    "I'LL don't, they'd've said; it's 'twas ’tis 'True 'SHE 'Very",
     " " * 500,
     "a" + " " * 500 + "b",
     "\t\t\n\n \r\n\x0b\x0c x\u00a0y\u2003z\u3000w\u200bv\u2028u\u0085t\ufeffs\u180er",
@@ -111,26 +111,37 @@ def test_equal_pairs_are_merged_from_the_left():
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "damage"),
     [
-        ("encoder.json", ""),
-        ("encoder.json", "{"),
-        ("encoder.json", "[]"),
-        ("encoder.json", "{}"),
-        ("encoder.json", '{"a": "b"}'),
-        ("encoder.json", b"\xff\xfe"),
-        ("vocab.bpe", ""),
-        ("vocab.bpe", "<html>\n</html>\n"),
-        ("vocab.bpe", "#version: 0.2\na b c\n"),
-        ("vocab.bpe", "#version: 0.2\nĠ t\nĠ"),
-        ("vocab.bpe", "#version: 0.2\nĠ t\n"),
-        ("vocab.bpe", b"\xff\xfe"),
+        ("encoder.json", lambda raw: b""),
+        ("encoder.json", lambda raw: raw[: len(raw) // 2]),
+        ("encoder.json", lambda raw: b"[]"),
+        ("encoder.json", lambda raw: b"{}"),
+        ("encoder.json", lambda raw: b"\xff\xfe"),
+        ("encoder.json", lambda raw: raw.replace(b'"hello"', b'"hullo!"')),
+        ("encoder.json", lambda raw: raw.replace(b": 50255", b": 50254")),
+        ("encoder.json", lambda raw: raw.replace(b": 50255", b': "50255"')),
+        ("vocab.bpe", lambda raw: b""),
+        ("vocab.bpe", lambda raw: b"<html>\n</html>\n"),
+        ("vocab.bpe", lambda raw: raw[: len(raw) // 2]),
+        ("vocab.bpe", lambda raw: raw[raw.index(b"\n") + 1 :]),
+        ("vocab.bpe", lambda raw: raw + b"a b c\n"),
+        ("vocab.bpe", lambda raw: b"\xff\xfe"),
     ],
 )
-def test_a_damaged_vocabulary_is_refused_by_name(tmp_path, name, content):
+def test_a_damaged_vocabulary_is_refused_by_name(tmp_path, name, damage):
     shutil.copytree(RELEASED, tmp_path / "124M")
-    (tmp_path / "124M" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=name):
+    file = tmp_path / "124M" / name
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{name} is damaged"):
+        get_encoder("124M", str(tmp_path))
+
+
+def test_two_files_that_do_not_belong_together_are_refused(tmp_path):
+    shutil.copytree(RELEASED, tmp_path / "124M")
+    file = tmp_path / "124M" / "vocab.bpe"
+    file.write_bytes(file.read_bytes().rpartition(b"\n")[0].rpartition(b"\n")[0] + b"\n")  # without its last merge
+    with pytest.raises(ValueError, match=r"encoder\.json is damaged.*vocab\.bpe"):
         get_encoder("124M", str(tmp_path))
 
 

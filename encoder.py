@@ -26,7 +26,7 @@ def blame(path, *errors):
     """Turn an error in this `with`, caused by what the file at path contains, into a UserError that names the file."""
     try:
         yield
-    except (ValueError, TypeError, AttributeError, LookupError, *errors) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, *errors) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run this again") from error
 
 

@@ -176,12 +176,12 @@ def command_line():
             fire.Fire(note, [*arguments, "--", "--separator=\0"])  # Fire's own separator is "-", here a prompt like any
         print(calls[0](), flush=True)
     except fire.core.FireExit as stop:
-        mistake = stop.code and f"{stop.trace.elements[-1].ErrorAsStr()} (see python gpt2.py --help)"
+        mistake = stop.code and f"{stop.trace.elements[-1].ErrorAsStr()!r} (see python gpt2.py --help)"
         sys.exit(mistake or print(screen.getvalue(), file=sys.stderr))  # code 0 is --help: its text, and status 0
     except BrokenPipeError:  # the reader of the text has seen enough: nothing to say, not even when Python exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
-        sys.exit(f"{error}")
+        sys.exit(" ".join(str(error).split()))  # one line, even if a file name has two
 
 
 if __name__ == "__main__":

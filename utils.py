@@ -57,7 +57,7 @@ def fetch(session, url, path):
         if total - start > shutil.disk_usage(os.path.dirname(part)).free:
             raise UserError(f"{path} needs {total - start:,} bytes more than the disk has: make room")
         try:
-            bar = tqdm(desc=path, total=total or None, initial=start, unit="B", unit_scale=True, mininterval=1)
+            bar = tqdm(desc=path, total=total, initial=start, unit="B", unit_scale=True, mininterval=1)
             with bar, open(part, "ab" if start else "wb", buffering=0) as file:
                 while piece := reply.raw.read1(1 << 16):  # what is there: iter_content drops some when a line breaks
                     bar.update(file.write(piece))
@@ -162,14 +162,14 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     TensorFlow's Saver writes tensors raw (float32, little-endian, as NumPy keeps them), back to back, in the order of
     their names. So an array can be a map of its place in the file: the system brings a page when it is first touched,
     and keeps it for the next start. Nothing promises this layout, so at the first start TensorFlow reads the arrays and
-    each is compared with its place. If all agree, <tf_ckpt_path>.mapped is written: hparams, and size and time of the
-    two files. As long as it says what is true, TensorFlow is not needed; else it reads the arrays again.
+    each is compared with its place. If all agree, <tf_ckpt_path>.mapped is written: hparams, and size and times of
+    the two files. As long as it says what is true, TensorFlow is not needed; else it reads the arrays again.
     """
     shapes, data, facts, known = variable_shapes(hparams), np.empty(0, np.uint8), None, False
     with contextlib.suppress(OSError, ValueError):  # several shards or an empty file: TensorFlow knows; no .mapped yet
         files = [os.stat(tf_ckpt_path + suffix) for suffix in (DATA, INDEX)]
         data = map_file(tf_ckpt_path + DATA)
-        facts = json.dumps([hparams, [[file.st_size, file.st_mtime_ns] for file in files]])
+        facts = json.dumps([hparams, [[file.st_size, file.st_mtime_ns, file.st_ctime_ns] for file in files]])
         with open(f"{tf_ckpt_path}.mapped", encoding="utf-8") as file:
             known = file.read() == facts
     tensors, offset = {} if known else read_with_tensorflow(tf_ckpt_path, shapes), 0
@@ -203,7 +203,7 @@ def load_encoder_hparams_and_params(model_size, models_dir):
     with blame(path), open(path, encoding="utf-8") as file:
         hparams = json.load(file)
         sizes = [hparams[key] for key in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")]
-        if any(type(size) is not int or size < 1 for size in sizes) or sizes[0] != len(encoder.encoder):
+        if any(type(size) is not int or not 0 < size < 10**5 for size in sizes) or sizes[0] != len(encoder.encoder):
             raise ValueError(f"five whole numbers are expected, and n_vocab to be {len(encoder.encoder)}")
         if hparams["n_embd"] % hparams["n_head"]:
             raise ValueError("n_head does not divide n_embd")

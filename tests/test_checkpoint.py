@@ -203,6 +203,17 @@ def test_no_damage_to_our_own_file_is_believed(tmp_path, params):
         assert file.read_bytes() == intact
 
 
+def test_other_weights_under_the_same_time_stamp_are_read_anew(tmp_path, params):
+    prefix = save(tmp_path, variables(params))
+    load(prefix)
+    times = [(prefix + suffix, os.stat(prefix + suffix).st_mtime_ns) for suffix in (utils.DATA, utils.INDEX)]
+    other = random_params(300, 16, 12, 12, seed=1)
+    save(tmp_path, variables(other))
+    for path, time in times:
+        os.utime(path, ns=(time, time))
+    assert_same(load(prefix), other)
+
+
 def test_the_same_files_read_with_other_hparams_are_checked_again(tmp_path, params):
     prefix = save(tmp_path, variables(params))
     load(prefix)
@@ -228,7 +239,18 @@ def test_a_folder_that_cannot_be_written_works_through_tensorflow_every_time(tmp
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", json.dumps({**HPARAMS, "n_head": 0}), json.dumps({**HPARAMS, "n_head": 5}), "\xff"]
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        json.dumps({**HPARAMS, "n_layer": 10**9}),
+        json.dumps({**HPARAMS, "n_head": 0}),
+        json.dumps({**HPARAMS, "n_head": 5}),
+        "\xff",
+    ],
 )
 def test_damaged_hparams_are_refused_by_name(toy, content):
     (toy / "124M" / "hparams.json").write_bytes(content.encode("latin-1"))

@@ -89,6 +89,8 @@ def test_a_size_or_folder_that_looks_like_a_number_is_text(run, tmp_path):
         ([PROMPT, "--size", "124M"], "--size"),
         ([PROMPT, "1", "124M", str(TOY), "upper"], "upper"),
         ([PROMPT, "--n_tokens_to_generate", "256", "--models_dir", str(TOY)], "+ 256 new"),
+        ([PROMPT, "1", "124M", str(TOY), "two\nlines"], "lines"),
+        ([PROMPT, "1", "124M", "/dev/null/two\nlines"], "lines"),
         (["and " * 300, "--models_dir", str(TOY)], "256 at most"),
         ([PROMPT, "--models_dir", "/dev/null"], "/dev/null"),
     ],

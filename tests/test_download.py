@@ -184,6 +184,20 @@ def test_as_long_as_something_comes_the_tries_are_not_counted(folder, server):
     assert len(server.asked[DATA]) == 20
 
 
+def test_a_connection_that_breaks_before_the_first_byte_is_tried_again(folder, server):
+    server.faults[DATA] = first(3, lambda handler, start, body: handler.cut(start, body, start))
+    download(folder)
+    assert contents(folder) == CONTENT
+    assert server.asked[DATA] == [None] * 4
+
+
+def test_an_empty_answer_is_no_file(folder, server):
+    server.faults["vocab.bpe"] = lambda handler, start, body: handler.reply(200, {"Content-Length": 0}) or True
+    with pytest.raises(ValueError, match=r"vocab\.bpe: 0 bytes came"):
+        download(folder)
+    assert "vocab.bpe" not in contents(folder)
+
+
 def test_a_connection_that_always_breaks_at_once_is_given_up_and_what_came_is_kept(folder, server):
     server.faults[DATA] = lambda handler, start, body: handler.cut(start, body, HALF)
     with pytest.raises(ValueError, match="is not complete"):

@@ -220,12 +220,14 @@ def test_a_stalled_connection_is_left_and_resumed(folder, server, monkeypatch):
     assert server.asked[DATA] == [None, "bytes=5000-"]
 
 
-def test_every_request_has_a_timeout(folder, monkeypatch):
-    timeouts, send = [], requests.Session.send
-    monkeypatch.setattr(requests.Session, "send", lambda *a, **k: timeouts.append(k.get("timeout")) or send(*a, **k))
+def test_every_request_has_a_timeout_and_asks_for_the_bytes_as_they_are(folder, monkeypatch):
+    requested, send = [], requests.Session.send
+    monkeypatch.setattr(requests.Session, "send", lambda *a, **k: requested.append((a[1], k)) or send(*a, **k))
     download(folder)
-    assert len(timeouts) == 7
-    assert all(0 < limit <= 15 for pair in timeouts for limit in pair)
+    assert len(requested) == 7
+    for request, options in requested:
+        assert all(0 < seconds <= 15 for seconds in options["timeout"])
+        assert request.headers["Accept-Encoding"] == "identity"
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])

@@ -53,8 +53,8 @@ def ffn(x, c_fc, c_proj):
 
     Vaswani et al. 2017, section 3.3.
     """
-    a = gelu(linear(x, **c_fc))  # [n_seq, n_embd] -> [n_seq, 4*n_embd]
-    return linear(a, **c_proj)  # [n_seq, 4*n_embd] -> [n_seq, n_embd]
+    # [n_seq, n_embd] -> [n_seq, 4*n_embd] -> [n_seq, n_embd]
+    return linear(gelu(linear(x, **c_fc)), **c_proj)
 
 
 def attention(q, k, v, mask):
@@ -111,9 +111,9 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None):
     x = wte[inputs] + wpe[n_past : n_past + len(inputs)]  # [n_seq] -> [n_seq, n_embd]
     for i, block in enumerate(blocks):
         x = transformer_block(x, **block, n_head=n_head, kvcache=None if kvcache is None else kvcache[i])
-    x = layer_norm(x if kvcache is None else x[-1:], **ln_f)
     # wte once more: a token scores high if its embedding is like x (tied weights, Press and Wolf 2017)
-    return x @ wte.T  # [n_seq, n_embd] @ [n_embd, n_vocab] -> [n_seq, n_vocab]
+    x = x if kvcache is None else x[-1:]  # with a cache: [n_seq, n_embd] -> [1, n_embd]
+    return layer_norm(x, **ln_f) @ wte.T  # [n_seq, n_embd] @ [n_embd, n_vocab] -> [n_seq, n_vocab]
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate):
@@ -185,5 +185,7 @@ def command_line():
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
+    # a stream that the caller has closed takes all in silence; a terminal that cannot show a character shows "?"
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    sys.stdout.reconfigure(errors="replace")
     command_line()

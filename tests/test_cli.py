@@ -140,6 +140,14 @@ def test_a_closed_pipe_is_quiet():
     assert all("generating" in line for line in done.stderr.split("\n") if line), done.stderr
 
 
+@pytest.mark.parametrize(("closed", "shown"), [(">&-", ""), ("2>&-", " toves\nDid\n")])
+def test_a_stream_that_the_caller_has_closed_does_no_harm(closed, shown):
+    command = f'"{sys.executable}" gpt2.py "{PROMPT}" 3 --models_dir tests/models {closed}'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, shown)
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("moment", ["numpy", "tqdm", "fire.core", "regex", "tensorflow.python.eager", "generating"])
 def test_ctrl_c_at_any_moment_is_status_130_without_a_traceback(toy, moment):
     """-X importtime tells on stderr what is being imported; TensorFlow is, at the toy's first start."""

@@ -23,6 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 SIZES = {"124M": (12, 12, 768), "355M": (24, 16, 1024), "774M": (36, 20, 1280), "1558M": (48, 25, 1600)}
+SIZES["tiny"] = (2, 2, 64)  # to try this file; utils.py does not know such a size, so its folder is called 124M
 PROMPT = "Alan Turing theorized that computers would one day become"  # 10 tokens
 WORDS = PROMPT.split()
 
@@ -149,17 +150,17 @@ ENGINES = {
 }
 
 
-def child(job, engine, folder):
-    """In a process of its own: write a model, or load and generate, as a user would or timed from inside."""
+def child(job, what, folder):
+    """In a process of its own: write a model of the size `what`, or load the engine `what` and generate."""
     if job == "write":
-        return write_checkpoint(folder, *SIZES[folder.name])
+        return write_checkpoint(folder, *SIZES[what])
     if job == "write for peers":
         return write_peers_models(folder)
     from encoder import get_encoder
 
     encoder = get_encoder(folder.name, str(folder.parent))
     with contextlib.redirect_stderr(open(os.devnull, "w")):  # no progress bars
-        generate = ENGINES[engine](folder, encoder)
+        generate = ENGINES[what](folder, encoder)
         ids = encoder.encode(PROMPT)
         if job == "start to exit":
             return print(encoder.decode(generate(ids, 40)))
@@ -171,10 +172,10 @@ def child(job, engine, folder):
 
         long = encoder.encode(" ".join(WORDS[i * i % len(WORDS)] for i in range(1000)))[:900]
         generate(ids, 2)
-        more = 4 if engine == "full recompute" else 40
+        more = 4 if what == "full recompute" else 40
         after_10 = (seconds(ids, more + 1) - seconds(ids, 1)) / more
         first = seconds(long, 1)
-        more = 1 if engine == "full recompute" else 40
+        more = 1 if what == "full recompute" else 40
         after_900 = (seconds(long, more + 1) - seconds(long, 1)) / more
         print(json.dumps({"after 10": after_10 * 1000, "first of 900": first * 1000, "after 900": after_900 * 1000}))
 
@@ -193,25 +194,26 @@ def measure(command):
 
 
 def main(size, rounds, folder, engines):
-    folder = pathlib.Path(folder) / size
+    folder = pathlib.Path(folder, "tiny/124M" if size == "tiny" else size)
     # in processes of their own: a process's peak memory begins with that of the one that starts it
     if not (folder / "checkpoint").exists():
         print(f"writing a checkpoint of random values into {folder}", file=sys.stderr)
-        subprocess.run([sys.executable, __file__, "--child", "write", "", str(folder)], check=True)
-    peers = folder.parent / f"{size}-peers"
+        subprocess.run([sys.executable, __file__, "--child", "write", size, str(folder)], check=True)
+    peers = folder.parent / f"{folder.name}-peers"
     installed = all(map(importlib.util.find_spec, ("torch", "transformers")))
     if installed and not peers.exists() and set(engines) - set(OURS):
         print("writing the same weights for the peers", file=sys.stderr)
         subprocess.run([sys.executable, __file__, "--child", "write for peers", "", str(folder)], check=True)
     engines = [name for name in engines if name in OURS or (peers / name.lower()).exists()]
     found = {name: {} for name in engines}
-    measure([sys.executable, "gpt2.py", PROMPT, "1", size, str(folder.parent)])  # TensorFlow reads it, the first time
+    ours = [sys.executable, "gpt2.py", PROMPT, "40", folder.name, str(folder.parent)]
+    measure(ours)  # the first time, TensorFlow reads the checkpoint
     for turn in range(rounds):
         for name in engines:
             print(f"round {turn + 1} of {rounds}: {name}", file=sys.stderr)
             command = [sys.executable, __file__, "--child", "start to exit", name, str(folder)]
             if name == "this program":
-                command = [sys.executable, "gpt2.py", PROMPT, "40", size, str(folder.parent)]
+                command = ours
             _, seconds, peak = measure(command)
             output, _, peak_900 = measure([sys.executable, __file__, "--child", "inside", name, str(folder)])
             run = {"start to exit, s": seconds, "peak RSS, MB": peak, "peak RSS after 900, MB": peak_900}

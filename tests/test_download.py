@@ -7,6 +7,7 @@ import http.server
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -372,8 +373,25 @@ def test_progress_is_one_bar_a_file_in_bytes_from_where_it_resumed(folder, serve
 
 def program(server):
     """The program with its URL redirected, for a process of its own; arguments as for gpt2.py follow."""
-    redirected = f"import runpy, utils; utils.URL = {server.url!r}; runpy.run_path('gpt2.py', run_name='__main__')"
-    return [sys.executable, "-c", redirected]
+    path = f"import runpy, sys; sys.path[0] = {str(ROOT)!r}; "
+    redirected = (
+        f"import utils; utils.URL = {server.url!r}; runpy.run_path({str(ROOT / 'gpt2.py')!r}, None, '__main__')"
+    )
+    return [sys.executable, "-c", path + redirected]
+
+
+def test_the_readmes_first_command_downloads_once_and_continues_the_prompt(tmp_path, server):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    arguments = shlex.split(re.search(r"^pip install .* && python gpt2.py (.*)$", readme, re.MULTILINE)[1])
+    for _ in range(2):
+        done = subprocess.run(
+            [*program(server), *arguments], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert "40/40" in done.stderr
+        assert len(done.stdout) > 40
+    assert server.asked == {name: [None] for name in CONTENT}
+    assert contents(tmp_path / "models" / "124M").items() >= CONTENT.items()
 
 
 def test_killed_at_any_moment_the_next_run_resumes(tmp_path, server):

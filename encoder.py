@@ -82,7 +82,7 @@ class Encoder:
         if self.bpe_ranks.keys().isdisjoint(get_pairs(token)):
             return " ".join(token)
         word = [*token, ""]  # symbols; one that was merged into its left neighbour becomes "", as is the end
-        left, right = list(range(-1, len(token))), list(range(1, len(word) + 1))  # where a symbol's neighbours stand
+        left, right = list(range(-1, len(token))), list(range(1, len(word)))  # where a symbol's neighbours stand
         heap = []  # (rank, place of the left symbol) of each merge that may be done
 
         def push(i):

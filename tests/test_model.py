@@ -157,6 +157,19 @@ def test_cached_logits_are_the_uncached_ones(small):
     np.testing.assert_allclose(last[0], gpt2.gpt2(ids[:50], **params, n_head=n_head)[-1], atol=1e-5)
 
 
+def test_the_cache_is_as_long_as_is_needed(small, monkeypatch):
+    params, n_head, ids = small
+    shapes = set()
+
+    def spy(*args, kvcache, **kwargs):
+        shapes.add(kvcache.base.shape)
+        return np.zeros((1, 97), np.float32)
+
+    monkeypatch.setattr(gpt2, "gpt2", spy)
+    gpt2.generate(ids[:7], params, n_head, 5)
+    assert shapes == {(3, 2, n_head, 7 + 5, 6)}
+
+
 def test_of_equal_logits_the_first_wins():
     params = random_params(20, 8, 4, 1)
     params["wte"][:] = params["wte"][0]

@@ -1,7 +1,7 @@
-"""GPT-2's byte-pair encoding: text to token ids and back (OpenAI's src/encoder.py; Sennrich et al. 2016, section 3.2).
+"""GPT-2's byte-pair encoding: text to token ids and back (OpenAI's src/encoder.py; Radford et al. 2019, section 2.2).
 
 Text is split into words, each word is written as its UTF-8 bytes, and neighbouring bytes are merged into ever longer
-tokens, in the order in which the merges were learned from the training text.
+tokens, in the order in which the merges were learned from the training text (Sennrich et al. 2016, section 3.2).
 """
 
 import contextlib
@@ -12,13 +12,14 @@ import os
 
 import regex
 
-# The end of a contraction ("don't" is split into "don" and "'t"), letters, numbers, other signs (each with at most one
-# space before it), or white space, which leaves its last character to what follows: "a  b" is "a", " " and " b".
+# A contraction's ending ("don't" is split into "don" and "'t"; "DON'T" is not: into "DON", "'" and "T"), letters,
+# numbers, other signs (each with at most one space before it), or white space, which leaves its last character to what
+# follows: "a  b" is "a", " " and " b".
 PATTERN = regex.compile(r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
 class UserError(ValueError):
-    """What a user can mend: the command line shows it in one line. Other ValueErrors are bugs, with a traceback."""
+    """What a user can fix: the command line shows it in one line. Other ValueErrors are bugs, with a traceback."""
 
 
 @contextlib.contextmanager
@@ -31,7 +32,7 @@ def blame(path, *errors):
 
 
 def bytes_to_unicode():
-    """Give each of the 256 bytes a printable character of its own, so that vocab.bpe is plain text without blanks.
+    """Give each of the 256 bytes a printable character of its own, so that each token is printable text without spaces.
 
     Returns {byte: character}. A printable Latin-1 byte keeps its character; the 68 others take those from U+0100 on,
     in order: a space (32) is "Ġ", a newline (10) is "Ċ". From OpenAI's src/encoder.py.
@@ -51,7 +52,7 @@ class Encoder:
 
     encoder: {token: id}, a token being a string of `bytes_to_unicode` characters.
     bpe_merges: pairs of such strings, the first learned first.
-    errors: what `decode` does with bytes that are no UTF-8, as in bytes.decode.
+    errors: what `decode` does with bytes that are not valid UTF-8, as in bytes.decode.
 
     >>> merges = [("l", "o"), ("lo", "w"), ("Ġ", "low")]
     >>> tokens = [*bytes_to_unicode().values(), *(a + b for a, b in merges)]
@@ -105,8 +106,8 @@ class Encoder:
         return " ".join(symbol for symbol in word if symbol)
 
     def encode(self, text):
-        """Text -> list of token ids. `<|endoftext|>` is text like any other. A lone surrogate counts as U+FFFD."""
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # Python may hold half a character
+        """Text -> list of token ids. `<|endoftext|>` is text like any other. An unpaired surrogate counts as U+FFFD."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # pairs are joined
         ids = []
         for word in PATTERN.findall(text):
             symbols = "".join(self.byte_encoder[byte] for byte in word.encode())
@@ -114,7 +115,10 @@ class Encoder:
         return ids
 
     def decode(self, ids):
-        """Token ids -> text. A character may span tokens; bytes that make none become U+FFFD (errors="replace")."""
+        """Token ids -> text. A character may span tokens; bytes that make none become U+FFFD (errors="replace").
+
+        Raises KeyError for an id that the vocabulary has not.
+        """
         symbols = "".join(self.decoder[i] for i in ids)
         return bytes(self.byte_decoder[symbol] for symbol in symbols).decode("utf-8", errors=self.errors)
 
@@ -132,7 +136,8 @@ def get_encoder(model_name, models_dir):
             raise ValueError("it begins with no #version, or ends in the middle of a line")
     with blame(json_path), open(json_path, encoding="utf-8") as file:
         vocabulary = json.load(file)
-        tokens = {*bytes_to_unicode().values(), *map("".join, merges), "<|endoftext|>"}
-        if tokens != vocabulary.keys() or set(vocabulary.values()) != set(range(len(tokens))):
-            raise ValueError("its tokens are not the 256 bytes, <|endoftext|> and what the merges in vocab.bpe make")
+        if set(vocabulary.values()) != set(range(len(vocabulary))):
+            raise ValueError("its ids are not 0, 1, 2 and so on")
+    if vocabulary.keys() != {*bytes_to_unicode().values(), *map("".join, merges), "<|endoftext|>"}:
+        raise UserError(f"{json_path} or {bpe_path} is damaged (their tokens differ): delete both and run this again")
     return Encoder(vocabulary, merges)

@@ -28,7 +28,7 @@ def gelu(x):
 
 
 def softmax(x):
-    """Scores -> probabilities: positive, each row (last axis) sums to 1. Any shape."""
+    """Scores -> probabilities: from 0 to 1, each row (last axis) sums to 1. Any shape."""
     exp_x = np.exp(x - np.max(x, axis=-1, keepdims=True))  # the largest becomes exp(0) = 1: none overflows
     return exp_x / np.sum(exp_x, axis=-1, keepdims=True)
 
@@ -36,7 +36,7 @@ def softmax(x):
 def layer_norm(x, g, b, eps=1e-5):
     """Give each row of x mean 0 and variance 1, then scale by g and shift by b, both [n_embd]; same shape as x.
 
-    Ba et al. 2016, section 3.1; eps (OpenAI's value) keeps a constant row from dividing by 0.
+    Ba et al. 2016, section 3; eps (OpenAI's value) keeps a constant row from dividing by 0.
     """
     x = x - np.mean(x, axis=-1, keepdims=True)
     variance = np.mean(x * x, axis=-1, keepdims=True)  # [n_seq, n_embd] -> [n_seq, 1]
@@ -51,7 +51,7 @@ def linear(x, w, b):
 def ffn(x, c_fc, c_proj):
     """The feed-forward network: what each token makes of itself, alone. [n_seq, n_embd] -> [n_seq, n_embd].
 
-    Vaswani et al. 2017, section 3.3.
+    Vaswani et al. 2017, section 3.3, with GELU for its ReLU.
     """
     # [n_seq, n_embd] -> [n_seq, 4*n_embd] -> [n_seq, n_embd]
     return linear(gelu(linear(x, **c_fc)), **c_proj)
@@ -76,14 +76,14 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None):
     tokens; those of the n_seq new ones are written behind them.
     """
     n_seq, n_embd = x.shape
-    qkv = linear(x, **c_attn)  # [n_seq, n_embd] -> [n_seq, 3*n_embd]
-    # [n_seq, 3*n_embd] -> [n_seq, 3, n_head, n_embd/n_head] -> qkv [3, n_head, n_seq, n_embd/n_head]: q, k and v
-    q, k, v = qkv = qkv.reshape(n_seq, 3, n_head, n_embd // n_head).transpose(1, 2, 0, 3)
+    # [n_seq, n_embd] -> [n_seq, 3*n_embd] -> [n_seq, 3, n_head, n_embd/n_head] -> [3, n_head, n_seq, n_embd/n_head]
+    qkv = linear(x, **c_attn).reshape(n_seq, 3, n_head, n_embd // n_head).transpose(1, 2, 0, 3)
+    q, k, v = qkv  # [n_head, n_seq, n_embd/n_head] each
     if kvcache is not None:  # no later token changes a key or value: computed once, they serve all that follow
         kvcache[:, :, -n_seq:] = qkv[1:]
         k, v = kvcache  # from here on k and v are [n_head, n_past + n_seq, n_embd/n_head]
-    seen = np.tri(n_seq, k.shape[1], k.shape[1] - n_seq, dtype=x.dtype)  # [n_seq, n_past + n_seq]
-    # the causal mask: seen is 1 for the keys up to the query's own place, 0 for later ones (one new token has none)
+    # the causal mask: the query at place n_past + i sees keys 0 to n_past + i; one new token, the last, sees them all
+    seen = np.tri(n_seq, k.shape[1], k.shape[1] - n_seq, dtype=x.dtype)  # [n_seq, n_past + n_seq], 1 or 0
     x = attention(q, k, v, -1e10 * (1 - seen))  # -> [n_head, n_seq, n_embd/n_head]
     x = x.swapaxes(0, 1).reshape(n_seq, n_embd)  # the heads side by side again: -> [n_seq, n_embd]
     return linear(x, **c_proj)  # [n_seq, n_embd] -> [n_seq, n_embd]
@@ -104,16 +104,17 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None):
     wte [n_vocab, n_embd] and wpe [n_ctx, n_embd] embed tokens and positions; blocks has each layer's weights, ln_f
     those of the last layer_norm.
     kvcache [n_layer, 2, n_head, n_past + n_seq, n_embd/n_head] (see `mha`): inputs come after n_past earlier tokens,
-    n_ctx tokens in all at most, and the logits are those of the last one alone, [1, n_vocab].
+    and the logits are those of the last one alone, [1, n_vocab]. It is filled in place; all else is left as it is.
+    Raises IndexError for an id from n_vocab on, or more than n_ctx tokens in all.
     """
     inputs = np.asarray(inputs)
     n_past = 0 if kvcache is None else kvcache.shape[3] - len(inputs)
-    x = wte[inputs] + wpe[n_past : n_past + len(inputs)]  # [n_seq] -> [n_seq, n_embd]
+    x = wte[inputs] + wpe[np.arange(n_past, n_past + len(inputs))]  # [n_seq] -> [n_seq, n_embd]
     for i, block in enumerate(blocks):
         x = transformer_block(x, **block, n_head=n_head, kvcache=None if kvcache is None else kvcache[i])
-    # wte once more: a token scores high if its embedding is like x (tied weights, Press and Wolf 2017)
     x = x if kvcache is None else x[-1:]  # with a cache: [n_seq, n_embd] -> [1, n_embd]
-    return layer_norm(x, **ln_f) @ wte.T  # [n_seq, n_embd] @ [n_embd, n_vocab] -> [n_seq, n_vocab]
+    # wte once more: a token scores high if its embedding is like x (tied weights, Press and Wolf 2017)
+    return layer_norm(x, **ln_f) @ wte.T  # [n_seq or 1, n_embd] @ [n_embd, n_vocab] -> [n_seq or 1, n_vocab]
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate):
@@ -126,12 +127,12 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
     if type(n_new) is not int or n_new < 0 or not 1 <= n_seq <= n_ctx - n_new:
         raise UserError(f"{n_seq} prompt tokens + {n_new!r} new: whole numbers, the first > 0, {n_ctx} at most in all")
     kvcache = np.empty((len(params["blocks"]), 2, n_head, n_seq + n_new, n_embd // n_head), np.float32)
-    # freed at once. glibc gives a large freed block back to the system, which zeroes each page anew at its next use;
-    # one of almost 32 MiB teaches it to keep all smaller ones: a long prompt takes a quarter less time
+    # Made and freed, for one effect: malloc on Linux gives a large freed block back to the system, and to get its pages
+    # once more takes time. After it has freed a block of just under 32 MiB, it keeps what is no larger.
     np.empty(2**25 - 2**16, np.uint8)
     ids, n_past = list(inputs), 0
     for _ in tqdm(range(n_new), "generating"):
-        while n_past < len(ids):  # at first the prompt, 192 tokens at a time (which is fastest); then the newest token
+        while n_past < len(ids):  # at first the prompt, 192 tokens at a time (fastest of what was tried); then one
             new = ids[n_past : n_past + 192]
             logits = gpt2(new, **params, n_head=n_head, kvcache=kvcache[:, :, :, : n_past + len(new)])
             n_past += len(new)

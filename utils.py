@@ -52,14 +52,14 @@ def fetch(session, url, path):
             start = 0
         if reply.status_code not in (200, 206) or "html" in reply.headers.get("Content-Type", ""):
             raise OSError(f"{url} brings {reply.status_code} {reply.reason}, or the page of a log-in")
-        length = reply.headers.get("Content-Range") or reply.headers.get("Content-Length") or "0"
-        total = int(length.rpartition("/")[2])  # of "bytes 5-9/10" or "10"; 0 if the server does not say
-        if total - start > shutil.disk_usage(os.path.dirname(part)).free:
-            raise UserError(f"{path} needs {total - start:,} bytes more than the disk has: make room")
+        length = (reply.headers.get("Content-Range") or reply.headers.get("Content-Length") or "").rpartition("/")[2]
+        total = int(length) if length.isdecimal() else 0  # of "bytes 5-9/10" or "10"; 0 if the server does not say
+        if total - start > (free := shutil.disk_usage(os.path.dirname(part)).free):
+            raise UserError(f"{path} needs {total - start:,} bytes, and the disk has {free:,}: make room")
         try:
             bar = tqdm(desc=path, total=total, initial=start, unit="B", unit_scale=True, mininterval=1)
             with bar, open(part, "ab" if start else "wb", buffering=0) as file:
-                while piece := reply.raw.read1(1 << 16):  # what is there: iter_content drops some when a line breaks
+                while piece := reply.raw.read1(1 << 16):  # what has come; iter_content drops some if the line breaks
                     bar.update(file.write(piece))
                 os.fsync(file.fileno())  # or a power cut could leave the name without the content
             size = os.path.getsize(part)
@@ -71,6 +71,7 @@ def fetch(session, url, path):
             if failures == 4:
                 raise OSError(f"{url}: {error}") from error
             time.sleep(2**failures / 2)
+    # the MD5 of the whole file; in a 206, Content-MD5 would be that of the piece
     md5 = reply.headers.get("x-ms-blob-content-md5") or (reply.status_code == 200 and reply.headers.get("Content-MD5"))
     intact = total in (0, size) and (not md5 or base64.b64decode(md5) == hashlib.md5(map_file(part)).digest())
     if not intact or b"<html" in map_file(part)[:1024].tobytes().lower():
@@ -86,8 +87,8 @@ def download_gpt2_files(model_size, model_dir):
     """
     check_size(model_size)
     names = os.listdir(model_dir) if os.path.isdir(model_dir) else []
-    own = any(name.endswith(INDEX) and name not in CHECKPOINT_FILES for name in names)
-    openais = os.path.basename(checkpoint_prefix(model_dir)) == "model.ckpt" if "checkpoint" in names else not own
+    other = any(name.endswith(INDEX) and name not in CHECKPOINT_FILES for name in names)
+    openais = os.path.basename(checkpoint_prefix(model_dir)) == "model.ckpt" if "checkpoint" in names else not other
     missing = [name for name in FILES if name not in names and (openais or name not in CHECKPOINT_FILES)]
     if not missing:
         return

@@ -227,7 +227,7 @@ def main(size, rounds, folder, engines):
         "after 900": "one more token after 900 (ms)",
         "peak RSS after 900, MB": "peak memory with 900 tokens (MB)",
     }
-    print(f"| {size}, median of {rounds} rounds (this program's share of it) | {' | '.join(engines)} |")
+    print(f"| {size}, median of {rounds} rounds (ratio: this program / that one) | {' | '.join(engines)} |")
     print("| --- " * (len(engines) + 1) + "|")
     for figure, title in figures.items():
         medians = [statistics.median(found[name][figure]) for name in engines]

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+import utils
+
 ROOT = pathlib.Path(__file__).parent.parent
 TOY = ROOT / "tests" / "models"
 
@@ -15,12 +17,8 @@ TOY = ROOT / "tests" / "models"
 @pytest.fixture
 def toy(tmp_path):
     """A models_dir of the test's own, with the toy in it and nothing else; TensorFlow has not read it yet."""
-    names = (
-        "checkpoint", "encoder.json", "hparams.json", "vocab.bpe",
-        "model.ckpt.data-00000-of-00001", "model.ckpt.index", "model.ckpt.meta",
-    )  # fmt: skip
     (tmp_path / "124M").mkdir()
-    for name in names:
+    for name in utils.FILES:
         shutil.copy2(TOY / "124M" / name, tmp_path / "124M")
     return tmp_path
 

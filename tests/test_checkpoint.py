@@ -104,7 +104,7 @@ def test_a_flag_of_one_byte_before_the_weights_does_no_harm(tmp_path, params):
     assert_same(load(prefix), params)
 
 
-def test_other_floats_become_float32(tmp_path, params, no_tensorflow):
+def test_other_floats_become_float32(tmp_path, params):
     prefix = save(tmp_path, {name: value.astype(np.float64) for name, value in variables(params).items()})
     assert_same(load(prefix), params)
     assert not os.path.exists(f"{prefix}.mapped")

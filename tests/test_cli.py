@@ -126,17 +126,28 @@ def test_bytes_that_are_no_utf8_are_no_traceback(run):
     assert run(b"Twas \xff\xfe brillig", "1", "--models_dir", TOY).returncode == 0
 
 
-def test_a_terminal_without_the_characters_shows_question_marks(run):
-    done = run(
-        "Twas\ud800".encode("utf-8", "surrogatepass"), "5", "--models_dir", TOY, env={"PYTHONIOENCODING": "ascii"}
+def test_a_terminal_without_the_characters_shows_question_marks():
+    program = (
+        f"import encoder, runpy, sys; sys.argv = ['gpt2.py', 'x', '1', '--models_dir', {str(TOY)!r}]\n"
+        "encoder.Encoder.decode = lambda self, ids: 'caf\u00e9'\n"
+        "runpy.run_path('gpt2.py', run_name='__main__')"
     )
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "caf?\n"), done.stderr
 
 
-def test_a_closed_pipe_is_quiet():
-    command = f'"{sys.executable}" gpt2.py "{PROMPT}" --models_dir tests/models | head -c 1'
+def test_a_prompt_that_is_half_a_character_is_read(run):
+    assert run("Twas\ud800".encode("utf-8", "surrogatepass"), "5", "--models_dir", TOY).returncode == 0
+
+
+@pytest.mark.parametrize(("reader", "shown"), [("head -c 1", " "), ("true", "")])
+def test_a_closed_pipe_is_quiet(reader, shown):
+    command = f'"{sys.executable}" gpt2.py "{PROMPT}" --models_dir tests/models | {reader}'
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.stdout == " "
+    assert done.stdout == shown
     assert all("generating" in line for line in done.stderr.split("\n") if line), done.stderr
 
 
@@ -161,6 +172,13 @@ def test_ctrl_c_at_any_moment_is_status_130_without_a_traceback(toy, moment):
     assert moment.encode() in seen
     assert (process.returncode, stdout) == (130, b"")
     assert b"Traceback" not in seen + rest
+
+
+def test_who_imports_it_keeps_its_own_ctrl_c():
+    program = "import signal; before = signal.getsignal(signal.SIGINT)\n"
+    program += "import gpt2; print(signal.getsignal(signal.SIGINT) is before)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_a_bug_of_ours_keeps_its_traceback(toy):

@@ -48,6 +48,12 @@ def test_layer_norm_gives_mean_b_and_deviation_g():
     np.testing.assert_allclose(y.std(-1), 2, atol=1e-4)
 
 
+def test_layer_norm_of_one_row_is_that_of_the_row_among_others():
+    x = np.random.default_rng(0).standard_normal((2, 3, 10)).astype(np.float32)
+    g, b = np.full(10, 2, np.float32), np.full(10, 5, np.float32)
+    np.testing.assert_allclose(gpt2.layer_norm(x, g, b)[1, 2], gpt2.layer_norm(x[1, 2], g, b), rtol=1e-5)
+
+
 def test_layer_norm_adds_eps_to_the_variance():
     x, one, zero = np.array([[-1.0, 1.0]], np.float32), np.ones(2, np.float32), np.zeros(2, np.float32)
     np.testing.assert_allclose(gpt2.layer_norm(x, one, zero, eps=3.0), [[-0.5, 0.5]])
@@ -205,6 +211,15 @@ def test_the_whole_context_may_be_used_and_no_token_more(small):
     assert len(gpt2.generate(ids[:100], params, n_head, 200)) == 200
     with pytest.raises(ValueError, match=r"101 prompt tokens \+ 200 new.*300"):
         gpt2.generate(ids[:101], params, n_head, 200)
+
+
+@pytest.mark.parametrize("n_past", [0, 299, 300])
+def test_a_token_beyond_the_context_is_refused(small, n_past):
+    params, n_head, ids = small
+    inputs = (ids + ids)[: 301 - n_past] * 2
+    kvcache = np.zeros((3, 2, n_head, n_past + len(inputs), 6), np.float32)
+    with pytest.raises(IndexError, match="300"):
+        gpt2.gpt2(inputs, **params, n_head=n_head, kvcache=kvcache if n_past else None)
 
 
 def test_zero_tokens_are_no_tokens(small):

@@ -3,9 +3,13 @@
 import contextlib
 import io
 import re
+import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TOY
+
+import gpt2
+import utils
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINKS = re.findall(r"\[([^\]]+)\]\(([^)#]+)(?:#L(\d+))?\)", README)
@@ -36,3 +40,23 @@ def test_the_examples_print_what_the_readme_shows(monkeypatch):
         with contextlib.redirect_stdout(printed):
             exec(code, names)  # noqa: S102 (the README's own code, in one session)
         assert printed.getvalue() == shown
+
+
+def test_the_messages_are_those_that_the_readme_explains(toy, monkeypatch):
+    monkeypatch.chdir(toy)
+    monkeypatch.setattr(utils, "URL", "http://127.0.0.1:9/where-nothing-listens")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    (toy / "124M" / "vocab.bpe").write_text("")
+    mistakes = [
+        ("Twas",),
+        ("Twas", 40, "124M", str(toy)),
+        ("Twas", 40, "125M"),
+        ("and " * 300, 40, "124M", str(TOY)),
+        ("Alan", "Turing"),
+    ]
+    messages = re.findall(r"^\| `(.+?)` \|", README.partition("## When something goes wrong")[2], re.MULTILINE)
+    for arguments, message in zip(mistakes, messages, strict=True):
+        with pytest.raises(ValueError) as caught:
+            gpt2.main(*arguments)
+        pattern = re.sub(r"\d+", r"\\d+", re.escape(message).replace(r"\.\.\.", ".*"))
+        assert re.match(pattern, str(caught.value))

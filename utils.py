@@ -119,10 +119,10 @@ def checkpoint_prefix(model_dir):
     """
     path = os.path.join(model_dir, "checkpoint")
     with blame(path), open(path, encoding="utf-8") as file:
-        name = file.read().split('model_checkpoint_path: "')[1].split('"')[0]
+        name = file.read().partition('model_checkpoint_path: "')[2].partition('"')[0]
         prefix = os.path.join(model_dir, name)
         if os.path.dirname(os.path.realpath(prefix)) != os.path.realpath(model_dir):
-            raise ValueError(f"{name} is not in this folder")
+            raise ValueError(f"{name!r} is no checkpoint in this folder")
     return prefix
 
 

@@ -268,7 +268,7 @@ def test_a_damaged_checkpoint_file_is_refused_by_name(toy, content):
 @pytest.mark.parametrize("path", ["../../x", "../124M2/model.ckpt", "/tmp/elsewhere/model.ckpt", ".", ".."])
 def test_a_checkpoint_file_that_leads_out_of_its_folder_is_refused(toy, path):
     (toy / "124M" / "checkpoint").write_text(f'model_checkpoint_path: "{path}"\n')
-    with pytest.raises(ValueError, match="not in this folder"):
+    with pytest.raises(ValueError, match="no checkpoint in this folder"):
         utils.load_encoder_hparams_and_params("124M", str(toy))
 
 

@@ -145,7 +145,8 @@ def test_a_prompt_that_is_half_a_character_is_read(run):
 
 @pytest.mark.parametrize(("reader", "shown"), [("head -c 1", " "), ("true", "")])
 def test_a_closed_pipe_is_quiet(reader, shown):
-    command = f'"{sys.executable}" gpt2.py "{PROMPT}" --models_dir tests/models | {reader}'
+    """Python writes what it has buffered once more when it exits, unless PYTHONUNBUFFERED is set."""
+    command = f'PYTHONUNBUFFERED= "{sys.executable}" gpt2.py "{PROMPT}" --models_dir tests/models | {reader}'
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == shown
     assert all("generating" in line for line in done.stderr.split("\n") if line), done.stderr

@@ -126,7 +126,7 @@ class Encoder:
 def get_encoder(model_name, models_dir):
     """Read <models_dir>/<model_name>/encoder.json and vocab.bpe; returns an Encoder.
 
-    Raises UserError (a ValueError) naming the file that is damaged, OSError if one cannot be read.
+    Raises UserError (a ValueError) naming the file, or both, that may be damaged, OSError if one cannot be read.
     """
     json_path, bpe_path = (os.path.join(models_dir, model_name, name) for name in ("encoder.json", "vocab.bpe"))
     with blame(bpe_path), open(bpe_path, encoding="utf-8") as file:

@@ -59,7 +59,7 @@ def fetch(session, url, path):
         try:
             bar = tqdm(desc=path, total=total, initial=start, unit="B", unit_scale=True, mininterval=1)
             with bar, open(part, "ab" if start else "wb", buffering=0) as file:
-                while piece := reply.raw.read1(1 << 16):  # what has come; iter_content drops some if the line breaks
+                while piece := reply.raw.read1(1 << 16):  # what has come; iter_content loses some of it at a cut
                     bar.update(file.write(piece))
                 os.fsync(file.fileno())  # or a power cut could leave the name without the content
             size = os.path.getsize(part)

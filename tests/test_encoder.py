@@ -115,6 +115,13 @@ def test_equal_pairs_are_merged_from_the_left():
     assert Encoder({}, [("a", "a"), ("aa", "a")]).bpe("aaaaa") == "aa aaa"
 
 
+def damage_file(folder, name, damage):
+    """Write the released vocabulary into folder/124M, one of its files damaged."""
+    shutil.copytree(RELEASED, folder / "124M")
+    file = folder / "124M" / name
+    file.write_bytes(damage(file.read_bytes()))
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -134,9 +141,7 @@ def test_equal_pairs_are_merged_from_the_left():
     ],
 )
 def test_a_damaged_vocabulary_is_refused_by_name(tmp_path, name, damage):
-    shutil.copytree(RELEASED, tmp_path / "124M")
-    file = tmp_path / "124M" / name
-    file.write_bytes(damage(file.read_bytes()))
+    damage_file(tmp_path, name, damage)
     with pytest.raises(ValueError, match=rf"{name} is damaged"):
         get_encoder("124M", str(tmp_path))
 
@@ -150,9 +155,7 @@ def test_a_damaged_vocabulary_is_refused_by_name(tmp_path, name, damage):
     ],
 )
 def test_two_files_that_do_not_belong_together_are_both_named(tmp_path, name, damage):
-    shutil.copytree(RELEASED, tmp_path / "124M")
-    file = tmp_path / "124M" / name
-    file.write_bytes(damage(file.read_bytes()))
+    damage_file(tmp_path, name, damage)
     with pytest.raises(ValueError, match=r"encoder\.json or .*vocab\.bpe is damaged .*delete both"):
         get_encoder("124M", str(tmp_path))
 

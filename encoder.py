@@ -15,12 +15,13 @@ import os
 import regex
 
 # What counts as a word, in order of preference:
-#   '(?:s|t|re|ve|m|ll|d)   the end of a contraction, in lowercase: "don't" is "don" and "'t"
-#   ?\p{L}+                 letters,
-#   ?\p{N}+                 digits,
-#   ?[^\s\p{L}\p{N}]+       or other symbols, each with at most one space before them
-#  \s+(?!\S)                whitespace, except for the last character before a word
-#  \s+                      that last character, unless it is a space that the word has taken
+#
+# '(?:s|t|re|ve|m|ll|d)  the end of a contraction, in lowercase: "don't" is "don" and "'t"
+#  ?\p{L}+               letters, with the space before them, if any
+#  ?\p{N}+               digits, with the space before them, if any
+#  ?[^\s\p{L}\p{N}]+     other symbols, with the space before them, if any
+# \s+(?!\S)             whitespace, but not its last character if a word follows
+# \s+                   that last character, if it is not a space
 PATTERN = regex.compile(r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
@@ -83,23 +84,25 @@ class Encoder:
         was learned first (the lowest rank), wherever it applies, from left to right.
 
         Scanning the word again after each merge would take quadratic time. A heap of all the pairs
-        takes O(n log n) and gives the same result: a merge joins two tokens that earlier merges
-        made, so the new pairs that it creates always rank after it.
+        takes O(n log n) and gives the same result, because every merge joins tokens that earlier
+        merges made: a pair with the new token always ranks after the merge that made the token.
         """
         symbols = ["", *token, ""]  # no merge applies to the empty symbols at both ends
-        before = list(range(-1, len(symbols) - 1))  # a doubly linked list: index of the left
-        after = list(range(1, len(symbols) + 1))  # and of the right neighbor of each symbol
+        # a doubly linked list: the index of the symbol before and after each symbol
+        before = list(range(-1, len(symbols) - 1))
+        after = list(range(1, len(symbols) + 1))
 
         def rank(i):
             """The rank of the pair of symbols i and after[i]; infinity if no merge applies."""
             return self.bpe_ranks.get((symbols[i], symbols[after[i]]), math.inf)
 
+        # pairs by rank, then from left to right; those of rank infinity stay in the heap
         heap = [(rank(i), i) for i in range(len(symbols) - 1)]
         heapq.heapify(heap)
         while heap[0][0] < math.inf:
             lowest_rank, i = heapq.heappop(heap)
             if rank(i) != lowest_rank:
-                continue  # stale: one of the two symbols has been merged since
+                continue  # stale: one of its symbols has been merged with another since
             right = after[i]
             symbols[i] += symbols[right]
             symbols[right] = ""
@@ -112,9 +115,8 @@ class Encoder:
     def encode(self, text):
         """Text -> list of token ids. `<|endoftext|>` is treated as text, not as the special token.
 
-        An unpaired surrogate is encoded as U+FFFD, the replacement character.
+        An unpaired surrogate, half of a UTF-16 character, becomes U+FFFD.
         """
-        # through UTF-16, which joins pairs of surrogates
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = []
         for word in PATTERN.findall(text):

@@ -12,17 +12,16 @@ from utils import check_lengths, check_n_tokens, load_encoder_hparams_and_params
 
 
 def gelu(x):
-    """Activation function: a smooth step from 0 (very negative x) to x (very positive x).
+    """Activation function, a smooth version of max(x, 0). Any shape.
 
-    Any shape. The tanh approximation of "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016),
-    section 2.
+    The tanh approximation of "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016), section 2.
     """
-    # ** 0.5, not np.sqrt: its float64 scalar would make NumPy 2 compute everything in float64
+    # ** 0.5 and not np.sqrt, whose float64 scalar would make the whole result float64 in NumPy 2
     return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x * x * x)))
 
 
 def softmax(x):
-    """Turn scores into probabilities: each row (last axis) is positive and sums to 1. Any shape."""
+    """Turn scores into probabilities that sum to 1 along the last axis. Any shape."""
     exp_x = np.exp(x - np.max(x, axis=-1, keepdims=True))  # subtracting the max avoids overflow
     return exp_x / np.sum(exp_x, axis=-1, keepdims=True)
 
@@ -63,7 +62,7 @@ def attention(q, k, v, mask):
     The scores are divided by sqrt(d_k), because dot products grow with d_k, and large scores would
     make softmax put nearly all its weight on one key. Vaswani et al. 2017, section 3.2.1.
     """
-    # scaling q is cheaper than scaling the scores: [..., n_q, d_k] @ [..., d_k, n_k]
+    # scale q, which is usually smaller than the scores: [..., n_q, d_k] @ [..., d_k, n_k]
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2)  # -> [..., n_q, n_k]
     return softmax(scores + mask) @ v  # [..., n_q, n_k] @ [..., n_k, d_v] -> [..., n_q, d_v]
 
@@ -73,8 +72,8 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None):
     before it, in n_head heads of n_embd/n_head dimensions each.
 
     [n_seq, n_embd] -> [n_seq, n_embd]. Vaswani et al. 2017, section 3.2.2.
-    kvcache: float32 [2, n_head, n_past + n_seq, n_embd/n_head], keys and values. Its first n_past
-    positions hold those of earlier tokens; those of x are written to the remaining n_seq.
+    kvcache: float32 [2, n_head, n_past + n_seq, n_embd/n_head], keys and values. The first n_past
+    positions hold those of earlier tokens; those of x are written to the last n_seq, in place.
     """
     n_seq, n_embd = x.shape
     # project to queries, keys and values: [n_seq, n_embd] -> [n_seq, 3*n_embd]
@@ -87,7 +86,7 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None):
 
     n_past = 0
     if kvcache is not None:
-        # later tokens cannot change the key and value of a token, so they are computed only once
+        # a token's key and value depend on no later token, so they are computed only once
         n_past = kvcache.shape[2] - n_seq
         kvcache[:, :, n_past:] = qkv[1:]  # the new keys and values
         k, v = kvcache  # all of them: each [n_head, n_past + n_seq, n_embd/n_head]
@@ -107,8 +106,8 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None):
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kvcache=None):
     """One layer: attention moves information between tokens, then ffn processes each of them.
 
-    [n_seq, n_embd] -> [n_seq, n_embd]. Both have a residual connection (their output is added to x)
-    and are pre-norm (their input is normalized). Radford et al. 2019, section 2.3.
+    [n_seq, n_embd] -> [n_seq, n_embd]. Both are pre-norm (their input is normalized) and have a
+    residual connection (their output is added to x). Radford et al. 2019, section 2.3.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kvcache=kvcache)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -117,7 +116,7 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kvcache=None):
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None):
     """The model: token ids [n_seq] -> logits [n_seq, n_vocab]; with a kvcache, only the last row.
 
-    Row i of the logits scores every token of the vocabulary as the successor of inputs[: i + 1].
+    Row i scores every token of the vocabulary as the successor of inputs[: i + 1].
 
     The weights are passed as **params, a tree of float32 arrays:
 
@@ -137,7 +136,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None):
     ("c" is for convolution: OpenAI wrote the linear layers as convolutions of width 1.)
 
     kvcache: float32 [n_layer, 2, n_head, n_past + n_seq, n_embd/n_head], a cache per layer as in
-    `mha`. The inputs then follow n_past earlier tokens.
+    `mha`. The inputs then follow n_past earlier tokens: n_past is its length minus n_seq.
     Raises IndexError for an id >= n_vocab and for more than n_ctx tokens in total.
     """
     inputs = np.asarray(inputs)
@@ -150,8 +149,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None):
         x = transformer_block(x, **block, n_head=n_head, kvcache=layer_cache)
 
     x = x if kvcache is None else x[-1:]  # generation needs only the last row: [1, n_embd]
-    # tied embeddings: a token scores high if x is similar to its row of wte. "Using the Output
-    # Embedding to Improve Language Models" (Press and Wolf 2017)
+    # tied embeddings: wte embeds the inputs and also scores the outputs, by their similarity to x.
+    # "Using the Output Embedding to Improve Language Models" (Press and Wolf 2017)
     return layer_norm(x, **ln_f) @ wte.T  # [n_seq, n_embd] @ [n_embd, n_vocab] -> [n_seq, n_vocab]
 
 
@@ -175,8 +174,8 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
     ids = list(inputs)
     n_past = 0  # how many tokens are in the cache
     for _ in tqdm(range(n_new), "generating"):
-        # prefill, in the first round: run the prompt through the model, piece by piece
-        # decode, in the other rounds: run only the newest token
+        # the first round runs the prompt through the model, piece by piece (prefill);
+        # each later round runs only the newest token (decode)
         while n_past < len(ids):
             n_total = min(n_past + PREFILL_PIECE, len(ids))
             new = ids[n_past:n_total]

@@ -1,6 +1,6 @@
 """Everything around the model: errors, arguments, download, checkpoint, command line.
 
-Each group of functions has a heading, and uses only what comes before it.
+The groups of functions, each with a heading, are in the order in which a run uses them.
 """
 
 import base64
@@ -98,7 +98,7 @@ def download_gpt2_files(model_size, model_dir):
 def missing_files(model_dir):
     """The names of the files to download into model_dir, in order. Raises UserError.
 
-    No checkpoint is downloaded if there is a complete one, or one that is not OpenAI's.
+    Nothing is added to a checkpoint that is complete, or that has another name than OpenAI's.
     """
     names = os.listdir(model_dir) if os.path.isdir(model_dir) else []
     named = {os.path.basename(checkpoint_prefix(model_dir))} if "checkpoint" in names else set()
@@ -106,7 +106,7 @@ def missing_files(model_dir):
     with_data = {re.sub(r"\.data-\d+-of-\d+$", "", name) for name in names}
     wanted = FILES
     if with_index & with_data or (with_index | named) - {"model.ckpt"}:
-        # OpenAI's file "checkpoint", the fourth, only says that the name is model.ckpt
+        # except for the fourth file, "checkpoint", which only says that the name is model.ckpt
         wanted = FILES[:4] if "model.ckpt" in with_index else FILES[:3]
     return [name for name in wanted if name not in names]
 
@@ -115,7 +115,7 @@ def lock(folder, stack):
     """Wait until no other process is downloading into this folder; lock it until stack is closed.
 
     Windows and some network file systems have no such locks. If two processes then write to the
-    same partial file, they leave it to `verify` to notice.
+    same partial file, `verify` notices.
     """
     with contextlib.suppress(ImportError, OSError):
         import fcntl
@@ -142,7 +142,7 @@ def download_file(url, path):
             os.replace(part, path)
             return
         except OSError as error:  # from the network or the disk: requests.RequestException is one
-            # the original error, if requests has wrapped it
+            # requests wraps the original error
             reason = next((arg.reason for arg in error.args if hasattr(arg, "reason")), error)
         failures = 0 if file_size(part) > largest else failures + 1
         largest = max(largest, file_size(part))
@@ -197,7 +197,7 @@ def append(reply, part, start):
 
 def verify(reply, part):
     """Compare the file with the MD5 that Azure Blob Storage sends, if any. Raises UserError."""
-    # the Content-MD5 of a 206 would be that of the part which was sent
+    # in a 206 reply, Content-MD5 covers only the part that was sent
     header = "Content-MD5" if reply.status_code == 200 else "x-ms-blob-content-md5"
     digest = hashlib.md5(np.memmap(part, np.uint8, "r"), usedforsecurity=False).digest()
     if reply.headers.get(header) not in (None, base64.b64encode(digest).decode()):
@@ -254,7 +254,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
 
 
 def variable_shapes(hparams):
-    """{name: shape} of GPT-2's variables (OpenAI's src/model.py), in their order in the file."""
+    """{name: shape} of GPT-2's variables (OpenAI's src/model.py), sorted as in the data file."""
     n = hparams["n_embd"]
     layer = {f"{norm}/{name}": [n] for norm in ("ln_1", "ln_2") for name in "gb"}
     layer |= {"attn/c_attn/w": [n, 3 * n], "attn/c_attn/b": [3 * n]}
@@ -280,9 +280,9 @@ def map_arrays(prefix, shapes):
 
 
 def fingerprint(prefix, hparams):
-    """Bytes that change whenever the checkpoint does, but not when it is copied with its mtime.
+    """Bytes that identify a checkpoint, wherever it is copied with its modification time.
 
-    Copying may round the mtime to seconds. The index file has the CRC of every array.
+    Copying may round that to seconds. The index file has the CRC of every array.
     """
     data = os.stat(prefix + DATA)
     index_hash = hashlib.sha256(pathlib.Path(prefix + INDEX).read_bytes()).hexdigest()
@@ -377,8 +377,8 @@ USAGE = 'usage: python gpt2.py "PROMPT" [--OPTION=VALUE ...], or --prompt="-..."
 def run_command_line(main):
     """Call main with the arguments of the command line and print the text that it returns.
 
-    An error the user can fix becomes one line on stderr and exit status 1. This function also sets
-    what affects the whole process, and is therefore up to a program, not a library.
+    An error the user can fix becomes one line on stderr and exit status 1. The settings made here
+    affect the whole process, so only a program should call this function.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program without a traceback
     # silence TensorFlow and oneDNN, unless the user wants to see their messages
@@ -407,7 +407,7 @@ def keep_freed_memory():
 
 
 def call(main, arguments):
-    """Call main with the arguments of the command line. Returns its result, or the help text."""
+    """Parse the arguments and call main. Returns its result, or the help text for --help."""
     import fire
 
     if {"-h", "--help"} & set(arguments):

@@ -231,6 +231,12 @@ def test_bytes_that_are_no_utf8_are_no_traceback(run):
     assert run(b"Twas \xff\xfe brillig", "1", "--models_dir", TOY).returncode == 0
 
 
+def test_the_locale_does_not_matter(run):
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = run(PROMPT, "3", "--models_dir", TOY, env=plain)
+    assert (done.returncode, done.stdout) == (0, " toves\nDid\n")
+
+
 def test_a_prompt_that_is_half_a_character_is_read(run):
     prompt = "Twas\ud800".encode("utf-8", "surrogatepass")
     assert run(prompt, "5", "--models_dir", TOY).returncode == 0

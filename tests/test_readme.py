@@ -12,7 +12,7 @@ import gpt2
 import utils
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LINKS = re.findall(r"\[([^\]]+)\]\(([^)#]+)(?:#L(\d+))?\)", README)
+LINKS = re.findall(r"\[([^\]]+)\]\(((?!http)[^)#]+)(?:#L(\d+))?\)", README)
 
 
 @pytest.mark.parametrize(("text", "path", "line"), LINKS)
@@ -20,12 +20,15 @@ def test_a_link_leads_to_what_it_names(text, path, line):
     assert (ROOT / path).exists()
     if line:
         assert re.match(
-            rf"\s*(def|class) {text}\b", (ROOT / path).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+            rf"\s*(def|class) {text}\b",
+            (ROOT / path).read_text(encoding="utf-8").splitlines()[int(line) - 1],
         )
 
 
 def test_each_function_of_the_model_is_linked():
-    functions = re.findall(r"^def (\w+)", (ROOT / "gpt2.py").read_text(encoding="utf-8"), re.MULTILINE)
+    functions = re.findall(
+        r"^def (\w+)", (ROOT / "gpt2.py").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert [text for text, path, line in LINKS if path == "gpt2.py" and line] == functions
 
 
@@ -42,21 +45,25 @@ def test_the_examples_print_what_the_readme_shows(monkeypatch):
         assert printed.getvalue() == shown
 
 
-def test_the_messages_are_those_that_the_readme_explains(toy, monkeypatch):
-    monkeypatch.chdir(toy)
+def test_the_messages_are_those_that_the_readme_explains(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "URL", "http://127.0.0.1:9/where-nothing-listens")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    (toy / "124M" / "vocab.bpe").write_text("")
-    mistakes = [
-        ("Twas",),
-        ("Twas", 40, "124M", str(toy)),
-        ("Twas", 40, "125M"),
-        ("and " * 300, 40, "124M", str(TOY)),
-        ("Alan", "Turing"),
-    ]
-    messages = re.findall(r"^\| `(.+?)` \|", README.partition("## When something goes wrong")[2], re.MULTILINE)
-    for arguments, message in zip(mistakes, messages, strict=True):
-        with pytest.raises(ValueError) as caught:
-            gpt2.main(*arguments)
-        pattern = re.sub(r"\d+", r"\\d+", re.escape(message).replace(r"\.\.\.", ".*"))
-        assert re.match(pattern, str(caught.value))
+    (toy / "124M" / "hparams.json").write_text("")
+    toy, broken = str(TOY), str(toy)
+    mistakes = {
+        "cannot download": lambda: gpt2.main("Twas", 40, "124M", str(tmp_path / "new")),
+        "checksum mismatch": None,  # tests/test_download.py
+        "... is damaged": lambda: gpt2.main("Twas", 40, "124M", broken),
+        "model_size": lambda: gpt2.main("Twas", 40, "125M"),
+        "301 prompt tokens": lambda: gpt2.main("and " * 300, 40, "124M", toy),
+        "n_tokens_to_generate": lambda: gpt2.main("Alan", "Turing"),
+    }
+    table = README.partition("## When something goes wrong")[2]
+    messages = re.findall(r"^\| `(.+?)`[ ,]", table, re.MULTILINE)
+    for (start, mistake), message in zip(mistakes.items(), messages, strict=True):
+        assert message.startswith(start)
+        if mistake:
+            with pytest.raises(ValueError) as caught:
+                mistake()
+            pattern = re.escape(message).replace(r"\.\.\.", ".*")
+            assert re.match(pattern, str(caught.value))

@@ -20,7 +20,7 @@ def textbook_gpt2(inputs, params, n_head):
 
 
 def textbook_block(rows, block, n_head):
-    """One layer: each row [n_embd] gathers from the rows up to itself, then thinks for itself."""
+    """One layer: each row [n_embd] gathers from the rows up to itself, then passes the ffn."""
     queries, keys, values = [], [], []
     for row in rows:
         q, k, v = np.split(linear(normalized(row, **block["ln_1"]), **block["attn"]["c_attn"]), 3)
@@ -71,8 +71,25 @@ def to_float64(params):
     return np.asarray(params, np.float64)
 
 
+def textbook_bpe(word, ranks):
+    """Merge the symbols of a word; ranks says in which order the merges were learned."""
+    symbols = list(word)
+    while True:
+        pairs = [pair for pair in itertools.pairwise(symbols) if pair in ranks]
+        if not pairs:
+            return symbols
+        earliest = min(pairs, key=ranks.get)
+        merged = []
+        for symbol in symbols:
+            if merged and (merged[-1], symbol) == earliest:
+                merged[-1] += symbol
+            else:
+                merged.append(symbol)
+        symbols = merged
+
+
 def random_params(n_vocab, n_ctx, n_embd, n_layer, seed=0, scale=0.2):
-    """Random float32 weights in the shape of GPT-2's."""
+    """For the tests: random float32 weights in the shape of GPT-2's."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape, mean=0.0):
@@ -96,20 +113,3 @@ def random_params(n_vocab, n_ctx, n_embd, n_layer, seed=0, scale=0.2):
         "blocks": blocks,
         "ln_f": norm(),
     }
-
-
-def textbook_bpe(word, ranks):
-    """Merge the symbols of a word; ranks says in which order the merges were learned."""
-    symbols = list(word)
-    while True:
-        pairs = [pair for pair in itertools.pairwise(symbols) if pair in ranks]
-        if not pairs:
-            return symbols
-        earliest = min(pairs, key=ranks.get)
-        merged = []
-        for symbol in symbols:
-            if merged and (merged[-1], symbol) == earliest:
-                merged[-1] += symbol
-            else:
-                merged.append(symbol)
-        symbols = merged

@@ -84,8 +84,8 @@ class Encoder:
         was learned first (the lowest rank), wherever it applies, from left to right.
 
         Scanning the word again after each merge would take quadratic time. A heap of all the pairs
-        takes O(n log n) and gives the same result, because every merge joins tokens that earlier
-        merges made: a pair with the new token always ranks after the merge that made the token.
+        takes O(n log n) and gives the same result, because merges are learned one after another:
+        a pair that contains a merged token always ranks after the merge that made that token.
         """
         symbols = ["", *token, ""]  # no merge applies to the empty symbols at both ends
         # a doubly linked list: the index of the symbol before and after each symbol

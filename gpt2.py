@@ -190,7 +190,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
 
     Args:
         prompt: the text to continue; an empty one lets the model begin a text.
-        n_tokens_to_generate: how many tokens to add; at most 1024, counting the prompt's.
+        n_tokens_to_generate: how many tokens to add; with those of the prompt, at most 1024.
         model_size: 124M, 355M, 774M or 1558M; downloaded when first used.
         models_dir: where the models are kept, each in a folder named after its size.
 

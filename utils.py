@@ -32,7 +32,7 @@ MALFORMED = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
 
 @contextlib.contextmanager
 def damage_reported(path, errors=MALFORMED):
-    """Turn these errors, caused by the contents of a file, into a UserError that names the file."""
+    """Turn errors that the contents of a file cause into a UserError that names the file."""
     try:
         yield
     except errors as error:
@@ -41,20 +41,12 @@ def damage_reported(path, errors=MALFORMED):
 
 # ---- Arguments -------------------------------------------------------------------------------
 
-SIZES = {"124M": "0.5 GB", "355M": "1.4 GB", "774M": "3.1 GB", "1558M": "6.2 GB"}  # of the files
-
-
-def check_size(model_size):
-    """Raise UserError unless model_size is one of the four sizes."""
-    if model_size not in SIZES:
-        raise UserError(f"model_size must be one of {', '.join(SIZES)}, not {model_size!r}")
-
 
 def check_n_tokens(n_tokens):
-    """Return n_tokens as an int. Raises UserError unless it is an integer >= 0, of any type."""
+    """Return n_tokens, an integer of any type, as an int. Raises UserError unless it is >= 0."""
     if isinstance(n_tokens, bool) or not hasattr(n_tokens, "__index__") or n_tokens < 0:
         raise UserError(f"n_tokens_to_generate must be a whole number >= 0, not {n_tokens!r}")
-    return int(n_tokens)
+    return n_tokens.__index__()
 
 
 def check_lengths(n_seq, n_tokens, n_ctx):
@@ -69,6 +61,7 @@ def check_lengths(n_seq, n_tokens, n_ctx):
 
 # ---- Download --------------------------------------------------------------------------------
 
+SIZES = {"124M": "0.5 GB", "355M": "1.4 GB", "774M": "3.1 GB", "1558M": "6.2 GB"}  # of the files
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 DATA = ".data-00000-of-00001"  # the suffixes of a checkpoint's two main files
 INDEX = ".index"
@@ -83,7 +76,8 @@ def download_gpt2_files(model_size, model_dir):
 
     Uses no network if none is missing. Raises UserError (a ValueError) or OSError.
     """
-    check_size(model_size)
+    if model_size not in SIZES:
+        raise UserError(f"model_size must be one of {', '.join(SIZES)}, not {model_size!r}")
     if not missing_files(model_dir):
         return
     os.makedirs(model_dir, exist_ok=True)
@@ -96,16 +90,17 @@ def download_gpt2_files(model_size, model_dir):
 
 
 def missing_files(model_dir):
-    """The names of the files to download into model_dir, in order. Raises UserError.
+    """The names of the files to download into model_dir, in order. Raises UserError or OSError.
 
     Nothing is added to a checkpoint that is complete, or that has another name than OpenAI's.
     """
     names = os.listdir(model_dir) if os.path.isdir(model_dir) else []
     named = {os.path.basename(checkpoint_prefix(model_dir))} if "checkpoint" in names else set()
     with_index = {name.removesuffix(INDEX) for name in names if name.endswith(INDEX)}
-    with_data = {re.sub(r"\.data-\d+-of-\d+$", "", name) for name in names}
+    shards = [name for name in names if re.search(r"\.data-\d+-of-\d+$", name)]
+    with_data = {name.rpartition(".data-")[0] for name in shards}
     wanted = FILES
-    if with_index & with_data or (with_index | named) - {"model.ckpt"}:
+    if with_index & with_data or (with_index | with_data | named) - {"model.ckpt"}:
         # except for the fourth file, "checkpoint", which only says that the name is model.ckpt
         wanted = FILES[:4] if "model.ckpt" in with_index else FILES[:3]
     return [name for name in wanted if name not in names]
@@ -115,7 +110,7 @@ def lock(folder, stack):
     """Wait until no other process is downloading into this folder; lock it until stack is closed.
 
     Windows and some network file systems have no such locks. If two processes then write to the
-    same partial file, `verify` notices.
+    same partial file, `verify` detects it, given a checksum.
     """
     with contextlib.suppress(ImportError, OSError):
         import fcntl
@@ -170,7 +165,7 @@ def request_rest(url, size):
     resumed = reply.headers.get("Content-Range", "").startswith(f"bytes {start}-")
     if start and reply.status_code in (206, 416) and not resumed:
         return request_rest(url, 0)  # not the range that was requested, or no such range
-    if reply.status_code != 200 and not resumed:
+    if reply.status_code != (206 if resumed else 200):
         raise OSError(f"{reply.status_code} {reply.reason}")
     if "html" in reply.headers.get("Content-Type", ""):
         raise OSError("got a web page instead of the file: a login or proxy page?")
@@ -185,7 +180,7 @@ def append(reply, part, start):
     header = reply.headers.get("Content-Range") or reply.headers.get("Content-Length", "")
     digits = header.rpartition("/")[2]  # the 10 of "bytes 5-9/10" or "10"; it may be "*" or missing
     total = int(digits) if digits.isdecimal() else 0
-    bar = tqdm(desc=part, total=total, initial=start, unit="B", unit_scale=True)
+    bar = tqdm(desc=os.path.basename(part), total=total, initial=start, unit="B", unit_scale=True)
     with bar, open(part, "r+b" if start else "wb", buffering=0) as file:
         file.seek(start)
         for piece in reply.iter_content(8192):
@@ -216,7 +211,7 @@ def checkpoint_prefix(model_dir):
     """
     path = os.path.join(model_dir, "checkpoint")
     with damage_reported(path), open(path, encoding="utf-8") as file:
-        match = re.search(r'model_checkpoint_path: "(?:.*[/\\])?([^"]+)"', file.read())
+        match = re.search(r'model_checkpoint_path: "(?:[^"]*[/\\])?([^"]+)"', file.read())
         if not match:
             raise ValueError("it names no checkpoint")
     return os.path.join(model_dir, match[1])
@@ -234,16 +229,17 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     (and are then read-only), which takes no time and no memory of its own. But no specification
     says so. Therefore, the first run reads every array with TensorFlow and compares. If all are
     equal, the fingerprint of the checkpoint is saved in <tf_ckpt_path>.mapped. As long as it
-    matches, TensorFlow is not needed.
+    matches, TensorFlow is not needed. (Damage that leaves size and mtime alone goes unnoticed.)
     """
     shapes = variable_shapes(hparams)
+    note = pathlib.Path(f"{tf_ckpt_path}.mapped")
     try:
         mapped = map_arrays(tf_ckpt_path, shapes)
         expected = fingerprint(tf_ckpt_path, hparams)
+        is_verified = note.exists() and note.read_bytes() == expected
     except (OSError, ValueError):  # several data files, or damaged: TensorFlow reads it or says why
         return nest(dict(read_with_tensorflow(tf_ckpt_path, shapes)))
-    note = pathlib.Path(f"{tf_ckpt_path}.mapped")
-    if not note.exists() or note.read_bytes() != expected:
+    if not is_verified:
         arrays = read_with_tensorflow(tf_ckpt_path, shapes)  # one at a time: they are only compared
         # compare the bits, because NaN != NaN
         if not all(np.array_equal(a.view("u4"), mapped[name].view("u4")) for name, a in arrays):
@@ -295,7 +291,7 @@ def read_with_tensorflow(prefix, shapes):
     Raises UserError for a damaged checkpoint or one that does not match hparams.json, OSError if
     there is none.
     """
-    with tqdm(shapes.items(), f"reading {prefix}") as bar:
+    with tqdm(shapes.items(), f"reading {os.path.basename(prefix)}") as bar:
         import tensorflow as tf  # takes seconds, so the bar comes first
 
         reader = open_with_tensorflow(prefix)
@@ -413,7 +409,7 @@ def call(main, arguments):
     if {"-h", "--help"} & set(arguments):
         return fire.helptext.HelpText(main, trace=fire.trace.FireTrace(main, name="gpt2.py"))
     prompt, n_new, model_size, models_dir = parse(main, arguments)
-    if not re.fullmatch(r"\d{1,9}", str(n_new)):
+    if not re.fullmatch(r"\d{1,99}", str(n_new)):
         raise UserError(f"n_tokens_to_generate must be a whole number >= 0, not {n_new!r}; {USAGE}")
     # the shell does not expand the ~ in --models_dir=~/models
     return main(prompt, int(n_new), model_size, os.path.expanduser(models_dir))

@@ -16,7 +16,7 @@ TOY = ROOT / "tests" / "models"
 
 @pytest.fixture
 def toy(tmp_path):
-    """A models_dir of the test's own, with the toy in it and nothing else; TensorFlow has not read it yet."""
+    """A models_dir of the test's own, with nothing in it but the toy; its next run is the first."""
     (tmp_path / "124M").mkdir()
     for name in utils.FILES:
         shutil.copy2(TOY / "124M" / name, tmp_path / "124M")
@@ -25,7 +25,7 @@ def toy(tmp_path):
 
 @pytest.fixture
 def run():
-    """run(*arguments) runs `python gpt2.py *arguments`; the result has .returncode, .stdout and .stderr."""
+    """run(*arguments) runs `python gpt2.py *arguments` and returns what subprocess.run does."""
 
     def run(*arguments, **options):
         command = [sys.executable, ROOT / "gpt2.py", *arguments]

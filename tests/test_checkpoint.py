@@ -1,4 +1,4 @@
-"""Loading: checkpoints written by TensorFlow's own Saver come out bit for bit, or are refused in plain words."""
+"""Checkpoints written by TensorFlow's own Saver load bit for bit, or are refused with a reason."""
 
 import json
 import os
@@ -17,7 +17,7 @@ HPARAMS = {"n_vocab": 300, "n_ctx": 16, "n_embd": 12, "n_head": 3, "n_layer": 12
 
 
 def variables(params, prefix="model"):
-    """{"model/h0/attn/c_attn/w": array [1, n_in, n_out], ...}: the names and shapes of OpenAI's checkpoints."""
+    """{"model/h0/attn/c_attn/w": array [1, n_in, n_out], ...}, as in OpenAI's checkpoints."""
     flat = {}
     for name, value in params.items():
         if name == "blocks":
@@ -68,7 +68,7 @@ def load(prefix, **changes):
     return utils.load_gpt2_params_from_tf_ckpt(prefix, {**HPARAMS, **changes})
 
 
-def test_twelve_layers_load_bit_for_bit_with_h10_in_its_place(tmp_path, params):
+def test_twelve_layers_load_bit_for_bit_in_numeric_order(tmp_path, params):
     assert_same(load(save(tmp_path, variables(params))), params)
 
 
@@ -105,7 +105,7 @@ def test_other_variables_such_as_an_optimizers_are_ignored(tmp_path, params):
     assert_same(load(prefix), params)
 
 
-def test_a_flag_of_one_byte_before_the_weights_does_no_harm(tmp_path, params):
+def test_unaligned_weights_load_bit_for_bit(tmp_path, params):
     prefix = save(tmp_path, {"a_flag": np.bool_(True), **variables(params)})
     assert_same(load(prefix), params)
     assert_same(load(prefix), params)
@@ -210,7 +210,7 @@ def test_a_replaced_checkpoint_is_read_anew(tmp_path, params):
     assert_same(load(save(tmp_path, variables(other))), other)
 
 
-def test_no_damage_to_our_own_file_is_believed(tmp_path, params):
+def test_a_damaged_note_is_rewritten(tmp_path, params):
     prefix = save(tmp_path, variables(params))
     load(prefix)
     file = pathlib.Path(f"{prefix}.mapped")
@@ -275,7 +275,7 @@ def test_the_bar_is_shown_before_tensorflow_is_imported(tmp_path, params, no_ten
     no_tensorflow()
     with pytest.raises(ImportError):
         load(prefix)
-    assert f"reading {prefix}:   0%" in capsys.readouterr().err
+    assert "reading model.ckpt:   0%" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["Projects [2024]", "back\\slash", b"not UTF-8 \xff"])
@@ -297,6 +297,12 @@ def test_a_relative_path_in_a_folder_with_brackets_loads(toy, monkeypatch):
     assert params["wte"].shape == (hparams["n_vocab"], hparams["n_embd"])
 
 
+def test_a_note_that_cannot_be_read_does_no_harm(tmp_path, params):
+    prefix = save(tmp_path, variables(params))
+    os.mkdir(f"{prefix}.mapped")
+    assert_same(load(prefix), params)
+
+
 @pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
 def test_a_damaged_vocabulary_is_refused_with_the_names_of_both_files(toy, name):
     (toy / "124M" / name).write_text("[]")
@@ -315,6 +321,9 @@ def test_a_damaged_vocabulary_is_refused_with_the_names_of_both_files(toy, name)
         json.dumps({**HPARAMS, "n_layer": 10**9}),
         json.dumps({**HPARAMS, "n_head": 0}),
         json.dumps({**HPARAMS, "n_head": 5}),
+        json.dumps({"n_vocab": 511, "n_ctx": 256, "n_embd": 48, "n_head": 4, "n_layer": 3}),
+        json.dumps({"n_vocab": 512, "n_ctx": 256, "n_embd": 48, "n_head": 4.0, "n_layer": 3}),
+        json.dumps({"n_vocab": 512, "n_ctx": 256, "n_embd": 48, "n_head": True, "n_layer": 3}),
         "\xff",
     ],
 )

@@ -1,4 +1,4 @@
-"""The program as a user meets it: `python gpt2.py ...` in a process of its own, on the toy model."""
+"""The program as a user meets it: `python gpt2.py ...` on the toy, in a process of its own."""
 
 import os
 import pty
@@ -59,7 +59,7 @@ def test_a_first_start_shows_two_bars_and_a_second_start_one(run, toy):
 
 @pytest.mark.parametrize(("setting", "silent"), [(None, True), ("0", True), ("1", False)])
 def test_tensorflow_is_silent_about_onednn_unless_the_user_turns_it_on(toy, setting, silent):
-    """Some CPUs have oneDNN on by default. For the others, it is turned on here where it is unset."""
+    """Some CPUs have oneDNN on by default. For the others, it is turned on where it is unset."""
     code = (
         "import os, runpy, sys\n"
         "def on_import(event, arguments):\n"
@@ -80,11 +80,12 @@ def test_tensorflow_is_silent_about_onednn_unless_the_user_turns_it_on(toy, sett
 
 def test_a_library_leaves_tensorflows_settings_alone(toy):
     code = (
-        "import os, gpt2; before = dict(os.environ)\n"
-        f"gpt2.main('x', 1, models_dir={str(toy)!r})\n"
-        "print({name for name in os.environ if name not in before and 'ONEDNN' in name})"
+        "import os; names = ('TF_CPP_MIN_LOG_LEVEL', 'TF_ENABLE_ONEDNN_OPTS')\n"
+        "before = [os.environ.get(name) for name in names]\n"
+        f"import gpt2; gpt2.main('x', 1, models_dir={str(toy)!r})\n"
+        "print([os.environ.get(name) for name in names] == before)"
     )
-    assert run_code(code).stdout == "set()\n"
+    assert run_code(code).stdout == "True\n"
 
 
 def test_the_second_start_imports_neither_tensorflow_nor_requests(run, toy):
@@ -110,7 +111,7 @@ def test_arguments_may_come_by_position(run):
     assert run(PROMPT, "1", "124M", TOY).stdout == by_name.stdout
 
 
-def test_an_empty_prompt_begins_where_texts_begin(run):
+def test_an_empty_prompt_starts_from_endoftext(run):
     verse = "'Twas brillig, and the slithy toves\nDid gyre"
     assert run("", "--models_dir", TOY).stdout.startswith(verse)
 
@@ -237,7 +238,7 @@ def test_the_locale_does_not_matter(run):
     assert (done.returncode, done.stdout) == (0, " toves\nDid\n")
 
 
-def test_a_prompt_that_is_half_a_character_is_read(run):
+def test_a_lone_surrogate_in_the_prompt_is_accepted(run):
     prompt = "Twas\ud800".encode("utf-8", "surrogatepass")
     assert run(prompt, "5", "--models_dir", TOY).returncode == 0
 
@@ -253,12 +254,11 @@ def test_a_terminal_without_the_characters_shows_question_marks():
     assert (done.returncode, done.stdout) == (0, "caf?\n"), done.stderr
 
 
-@pytest.mark.parametrize(("reader", "shown"), [("head -c 1", " "), ("true", "")])
-def test_a_closed_pipe_is_quiet(reader, shown):
+def test_a_closed_pipe_is_quiet():
     """Python flushes stdout once more when it exits, unless PYTHONUNBUFFERED is set."""
-    command = f'PYTHONUNBUFFERED= python gpt2.py "{PROMPT}" --models_dir tests/models | {reader}'
+    command = f'PYTHONUNBUFFERED= python gpt2.py "{PROMPT}" --models_dir tests/models | true'
     done = run_shell(command)
-    assert done.stdout == shown
+    assert done.stdout == ""
     assert bars(done.stderr) == {"generating"}
 
 
@@ -295,7 +295,8 @@ def test_an_importing_program_keeps_its_own_ctrl_c():
 
 def test_a_bug_of_ours_keeps_its_traceback(toy):
     code = (
-        f"import runpy, sys, utils; sys.argv = ['gpt2.py', 'x', '1', '--models_dir', {str(toy)!r}]\n"
+        "import runpy, sys, utils\n"
+        f"sys.argv = ['gpt2.py', 'x', '1', '--models_dir', {str(toy)!r}]\n"
         "def buggy(*arguments): raise ValueError('our own')\n"
         "utils.load_encoder_hparams_and_params = buggy\n"
         "runpy.run_path('gpt2.py', run_name='__main__')"

@@ -1,4 +1,4 @@
-"""The download, from a server on this machine that behaves as OpenAI's does, or misbehaves on command."""
+"""The download, from a local server that behaves as OpenAI's does, or misbehaves on command."""
 
 import base64
 import collections
@@ -27,14 +27,15 @@ HALF = len(CONTENT[DATA]) // 2
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves the toy as if it were OpenAI's 124M. .faults says what goes wrong, .asked and .sent what went on."""
+    """Serves the toy as if it were OpenAI's 124M, except for what .faults makes go wrong."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/gpt-2/models"
-        self.faults = {}  # file name -> a function of (handler, start, body) that answers instead, or None to go on
+        # file name -> a function of (handler, start, body) that answers, or returns a false value
+        self.faults = {}
         self.asked = collections.defaultdict(list)  # file name -> the Range headers
         self.sent = collections.Counter()  # file name -> bytes
 
@@ -103,7 +104,7 @@ def server():
 
 @pytest.fixture
 def folder(tmp_path, server, monkeypatch):
-    """An empty models/124M; the download goes to the server, and waits a hundredth of the time between tries."""
+    """An empty models/124M, to download from the server, a hundred times more impatiently."""
     monkeypatch.setattr(utils, "URL", server.url)
     monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(seconds / 100))
     return tmp_path / "models" / "124M"
@@ -169,6 +170,7 @@ def test_only_what_is_missing_is_fetched(folder, server, name):
     [
         ({"checkpoint": 'model_checkpoint_path: "model-1000"'}, []),
         ({"model-1000.index": "mine"}, []),
+        ({"model-1000.data-00000-of-00001": "mine"}, []),
         ({"model-1000.index": "mine", "model-1000.data-00000-of-00002": "mine"}, []),
         ({"model.ckpt.index": "mine", DATA: "mine"}, ["checkpoint"]),
         ({"model.ckpt.index": "mine", "model.ckpt.data-00000-of-00002": "mine"}, ["checkpoint"]),
@@ -249,7 +251,7 @@ def test_a_connection_that_breaks_before_the_first_byte_is_tried_again(folder, s
     assert server.asked[DATA] == [None] * 4
 
 
-def test_an_empty_answer_is_no_file(folder, server):
+def test_an_empty_reply_is_refused(folder, server):
     server.faults["vocab.bpe"] = lambda handler, start, body: (
         handler.reply(200, {"Content-Length": 0}) or True
     )
@@ -310,7 +312,7 @@ def test_a_proxy_that_always_starts_over_and_breaks_is_given_up(folder, server):
         download(folder)
 
 
-def test_a_part_that_nobody_asked_for_is_no_file(folder, server):
+def test_a_206_that_was_not_requested_is_refused(folder, server):
     def tail(handler, start, body):
         span = {"Content-Range": f"bytes 5-{len(body) - 1}/{len(body) - 5}"}
         return handler.reply(206, {"Content-Length": len(body) - 5, **span}, body[5:]) or True
@@ -330,6 +332,16 @@ def test_a_server_that_is_busy_for_a_moment_is_asked_again(folder, server, statu
     download(folder)
     assert contents(folder) == CONTENT
     assert len(server.asked["vocab.bpe"]) == 3
+
+
+def test_an_error_page_with_a_range_is_not_appended(folder, server):
+    def error(handler, start, body):
+        span = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
+        return handler.reply(500, {"Content-Length": 5, **span}, b"error") or True
+
+    server.faults["vocab.bpe"] = first(2, error)
+    download(folder)
+    assert contents(folder) == CONTENT
 
 
 def test_a_server_that_ignores_ranges_restarts_the_file(folder, server):
@@ -513,10 +525,13 @@ def test_progress_is_one_bar_a_file_in_bytes_from_where_it_resumed(folder, serve
 
 
 def program(server):
-    """The program with its URL redirected, for a process of its own; arguments as for gpt2.py follow."""
-    path = f"import runpy, sys; sys.path[0] = {str(ROOT)!r}; "
-    redirected = f"import utils; utils.URL = {server.url!r}; runpy.run_path({str(ROOT / 'gpt2.py')!r}, None, '__main__')"
-    return [sys.executable, "-c", path + redirected]
+    """A command that runs gpt2.py, but downloads from the server; the arguments follow."""
+    code = (
+        f"import runpy, sys; sys.path[0] = {str(ROOT)!r}\n"
+        f"import utils; utils.URL = {server.url!r}\n"
+        f"runpy.run_path({str(ROOT / 'gpt2.py')!r}, None, '__main__')"
+    )
+    return [sys.executable, "-c", code]
 
 
 def test_the_readmes_first_command_downloads_once_and_continues_the_prompt(tmp_path, server):
@@ -538,7 +553,7 @@ def test_the_readmes_first_command_downloads_once_and_continues_the_prompt(tmp_p
     assert contents(tmp_path / "models" / "124M").items() >= CONTENT.items()
 
 
-def test_killed_at_any_moment_the_next_run_resumes(tmp_path, server):
+def test_after_a_kill_in_the_middle_of_a_file_the_next_run_resumes(tmp_path, server):
     server.faults[DATA] = first(
         1,
         lambda handler, start, body: (

@@ -97,7 +97,7 @@ def test_any_ids_are_decoded_as_by_tiktoken(released, reference, ids):
     assert released.decode(ids) == reference.decode(ids, errors="replace")
 
 
-def test_an_id_outside_the_vocabulary_is_no_text(released):
+def test_an_id_outside_the_vocabulary_raises_keyerror(released):
     with pytest.raises(KeyError):
         released.decode([50257])
 

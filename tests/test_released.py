@@ -1,4 +1,4 @@
-"""What only OpenAI's released weights can show. Skipped for each size that models/ does not have."""
+"""What only OpenAI's released weights can show. Skipped for a size that models/ does not have."""
 
 import hashlib
 import os

@@ -1,7 +1,8 @@
-"""Train the toy GPT-2 of tests/models/124M: `python tests/train_toy.py`, about 3 minutes on 2 cores.
+"""Train the toy GPT-2 of tests/models/124M: `python tests/train_toy.py`, 3 minutes on 2 cores.
 
-It learns one poem by heart, with TensorFlow, and is saved as OpenAI saved GPT-2: the same seven files, the same names
-and shapes of variables, but a vocabulary of 512 tokens, learned from the poem as well, and 3 small layers.
+It learns one poem by heart, with TensorFlow, and is saved as OpenAI saved GPT-2: the same seven
+files, the same names and shapes of variables, but 3 small layers and a vocabulary of 512 tokens,
+which is learned from the poem as well.
 """
 
 import itertools
@@ -20,7 +21,8 @@ sys.path.insert(0, os.path.dirname(HERE))
 
 from encoder import PATTERN, Encoder, bytes_to_unicode
 
-# Lewis Carroll, 1871, without the last stanza, which repeats the first: what follows a line shall be certain.
+# Lewis Carroll, 1871, without the last stanza: it repeats the first, and what follows a line would
+# no longer be certain.
 POEM = """'Twas brillig, and the slithy toves
 Did gyre and gimble in the wabe:
 All mimsy were the borogoves,
@@ -56,14 +58,13 @@ STEPS, BATCH, SEED = 600, 16, 1871
 
 
 def learn_merges(text, n_merges):
-    """Byte-pair encoding as it is learned: merge the most frequent pair of neighbours (of equals the first), again."""
+    """Learn a byte-pair encoding: repeatedly merge the most frequent pair (the first on ties)."""
     symbols = bytes_to_unicode()
     words = [[symbols[byte] for byte in word.encode()] for word in PATTERN.findall(text)]
     merges = []
     while len(merges) < n_merges:
-        pair = Counter(pair for word in words for pair in itertools.pairwise(word)).most_common(1)[
-            0
-        ][0]
+        counts = Counter(pair for word in words for pair in itertools.pairwise(word))
+        pair = max(counts, key=counts.get)
         merges.append(pair)
         for word in words:
             for i in range(len(word) - 1):
@@ -73,7 +74,7 @@ def learn_merges(text, n_merges):
 
 
 def forward(ids, n_vocab, n_ctx, n_embd, n_head, n_layer):
-    """GPT-2 in TensorFlow, its variables made on the way: ids [batch, n_seq] -> logits [batch, n_seq, n_vocab]."""
+    """GPT-2 in TensorFlow, with its variables: ids [batch, n_seq] -> [batch, n_seq, n_vocab]."""
     n_seq = ids.shape[1]
     variable = tf.compat.v1.get_variable
     normal = tf.compat.v1.initializers.random_normal(stddev=0.1)
@@ -140,9 +141,8 @@ def main():
         logits = forward(batch[:, :-1], **HPARAMS)
         loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(batch[:, 1:], logits))
         saver = tf.compat.v1.train.Saver(save_relative_paths=True)
-        saver.export_meta_graph(
-            os.path.join(folder, "model.ckpt.meta")
-        )  # here and now: without Adam's variables
+        # the graph is saved here, before it contains Adam's variables
+        saver.export_meta_graph(os.path.join(folder, "model.ckpt.meta"))
         train = tf.compat.v1.train.AdamOptimizer(rate).minimize(loss)
         session.run(tf.compat.v1.global_variables_initializer())
         for step in range(STEPS):

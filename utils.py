@@ -1,6 +1,6 @@
 """Everything around the model: errors, arguments, download, checkpoint, command line.
 
-The groups of functions, each with a heading, are in the order in which a run uses them.
+The functions are in groups with headings. The last group, the command line, uses the others.
 """
 
 import base64
@@ -367,7 +367,7 @@ def load_hparams(model_dir, n_vocab):
 
 # ---- Command line ----------------------------------------------------------------------------
 
-USAGE = 'usage: python gpt2.py "PROMPT" [--OPTION=VALUE ...], or --prompt="-..."; see also --help'
+USAGE = 'usage: python gpt2.py "PROMPT" [--OPTION=VALUE ...]; --prompt="..." takes any text; --help'
 
 
 def run_command_line(main):

@@ -160,8 +160,8 @@ def test_a_tilde_that_the_shell_has_not_expanded_is_the_home_folder(run, toy):
         ([PROMPT, "--n_tokens_to_generate", "9" * 5000], "'999"),
         ([PROMPT, "--n_tokens_to_generate", "{[]}"], "'{[]}'"),
         ([PROMPT, "--n_tokens_to_generate"], "'True'"),
-        (["-Alan", "--models_dir", str(TOY)], '--prompt="-..."'),
-        (["-- SELECT all users", "--models_dir", str(TOY)], '--prompt="-..."'),
+        (["-Alan", "--models_dir", str(TOY)], '--prompt="..." takes any text'),
+        (["-- SELECT all users", "--models_dir", str(TOY)], '--prompt="..." takes any text'),
     ],
 )
 def test_a_mistake_in_the_call_is_one_line_with_the_usage(run, tmp_path, arguments, said):

@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import time
+import types
 
 import numpy as np
 from tqdm import tqdm
@@ -97,8 +98,7 @@ def missing_files(model_dir):
     names = os.listdir(model_dir) if os.path.isdir(model_dir) else []
     named = {os.path.basename(checkpoint_prefix(model_dir))} if "checkpoint" in names else set()
     with_index = {name.removesuffix(INDEX) for name in names if name.endswith(INDEX)}
-    shards = [name for name in names if re.search(r"\.data-\d+-of-\d+$", name)]
-    with_data = {name.rpartition(".data-")[0] for name in shards}
+    with_data = {n.rpartition(".data-")[0] for n in names if re.search(r"\.data-\d+-of-\d+$", n)}
     wanted = FILES
     if with_index & with_data or (with_index | with_data | named) - {"model.ckpt"}:
         # except for the fourth file, "checkpoint", which only says that the name is model.ckpt
@@ -257,8 +257,7 @@ def variable_shapes(hparams):
     layer |= {"attn/c_proj/w": [n, n], "attn/c_proj/b": [n]}
     layer |= {"mlp/c_fc/w": [n, 4 * n], "mlp/c_fc/b": [4 * n]}
     layer |= {"mlp/c_proj/w": [4 * n, n], "mlp/c_proj/b": [n]}
-    layers = range(hparams["n_layer"])
-    shapes = {f"model/h{i}/{name}": shape for i in layers for name, shape in layer.items()}
+    shapes = {f"model/h{i}/{k}": v for i in range(hparams["n_layer"]) for k, v in layer.items()}
     shapes |= {"model/wte": [hparams["n_vocab"], n], "model/wpe": [hparams["n_ctx"], n]}
     shapes |= {"model/ln_f/g": [n], "model/ln_f/b": [n]}
     return dict(sorted(shapes.items()))
@@ -304,8 +303,7 @@ def read_with_tensorflow(prefix, shapes):
             if found not in (shape, [1, *shape]):  # OpenAI's matrices are [1, n_in, n_out]
                 raise UserError(f"{prefix}: by hparams.json, {name} is {shape}, here it is {found}")
             with damage_reported(prefix + DATA, (*MALFORMED, tf.errors.OpError)):
-                array = np.asarray(reader.get_tensor(name), np.float32)
-            yield name, array.reshape(shape)
+                yield name, np.asarray(reader.get_tensor(name), np.float32).reshape(shape)
 
 
 def open_with_tensorflow(prefix):
@@ -367,7 +365,7 @@ def load_hparams(model_dir, n_vocab):
 
 # ---- Command line ----------------------------------------------------------------------------
 
-USAGE = 'usage: python gpt2.py "PROMPT" [--OPTION=VALUE ...]; --prompt="..." takes any text; --help'
+USAGE = 'usage: python gpt2.py "PROMPT" [--OPTION=VALUE ...]; --prompt="..." takes any text'
 
 
 def run_command_line(main):
@@ -415,6 +413,13 @@ def call(main, arguments):
     return main(prompt, int(n_new), model_size, os.path.expanduser(models_dir))
 
 
+class Parsed(types.SimpleNamespace):
+    """A parsed call. Fire looks for extra arguments among the members of a result: it has none."""
+
+    def __dir__(self):
+        return []
+
+
 def parse(main, arguments):
     """Parse the command line with Fire. Returns a string or the default for each parameter of main.
 
@@ -422,13 +427,13 @@ def parse(main, arguments):
     """
     import fire
 
-    calls = []  # Fire calls a function before it finds extra arguments, so this one only records
-    record = functools.wraps(main)(lambda *values: calls.append(values))
+    # Fire calls a function before it finds extra arguments, so this one only records
+    record = functools.wraps(main)(lambda *values: Parsed(values=values))
     fire.decorators.SetParseFn(str)(record)  # the prompt "12345" is not a number
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
             # by default, Fire takes the prompt "-" as a separator between two calls
-            fire.Fire(record, [*arguments, "--", "--separator=\0"])
+            command = [*arguments, "--", "--separator=\0"]
+            return fire.Fire(record, command, serialize=lambda result: None).values
     except fire.core.FireExit as error:
         raise UserError(f"{error.trace.elements[-1].ErrorAsStr()}; {USAGE}") from None
-    return calls[0]

@@ -160,6 +160,8 @@ def test_a_tilde_that_the_shell_has_not_expanded_is_the_home_folder(run, toy):
         (["Alan", "Turing", "theorized"], "'Turing'"),
         (["Alan", "Turing", "theorized", "that", "computers"], "computers"),
         ([PROMPT, "1", "124M", str(TOY), "upper"], "upper"),
+        ([PROMPT, "1", "124M", str(TOY), "__doc__"], "__doc__"),
+        ([PROMPT, "1", "124M", str(TOY), "0"], "0"),
         ([PROMPT, "1", "124M", str(TOY), "two\nlines"], "lines"),
         ([PROMPT, "--size", "124M"], "--size"),
         ([PROMPT, "--models_dir", str(TOY), "--temperature=1"], "--temperature"),

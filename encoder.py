@@ -7,21 +7,20 @@ Translation of Rare Words with Subword Units" (Sennrich et al. 2016), section 3.
 50,257 tokens is the 256 bytes, the results of 50,000 merges, and `<|endoftext|>`.
 """
 
-import heapq
+import itertools
 import json
-import math
 import os
 
 import regex
 
-# What counts as a word, in order of preference:
+# What counts as a word. At each position, the first of these patterns that matches is used:
 #
-# '(?:s|t|re|ve|m|ll|d)  the end of a contraction, in lowercase: "don't" is "don" and "'t"
-#  ?\p{L}+               letters, with the space before them, if any
-#  ?\p{N}+               digits, with the space before them, if any
-#  ?[^\s\p{L}\p{N}]+     other symbols, with the space before them, if any
-# \s+(?!\S)             whitespace, but not its last character if a word follows
-# \s+                   that last character, if it is not a space
+# "'(?:s|t|re|ve|m|ll|d)"   the end of a contraction, in lowercase: "don't" is "don" and "'t"
+# " ?\p{L}+"                letters, with the space before them, if any
+# " ?\p{N}+"                digits, with the space before them, if any
+# " ?[^\s\p{L}\p{N}]+"      other symbols, with the space before them, if any
+# "\s+(?!\S)"               whitespace, but not its last character if a word follows
+# "\s+"                     that last character, unless it is a space, which goes with the next word
 PATTERN = regex.compile(r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
@@ -80,37 +79,20 @@ class Encoder:
     def bpe(self, token):
         """Split a word into tokens, separated by spaces: "Ġlower" -> "Ġlow er".
 
-        The definition: while some merge applies to a pair of adjacent symbols, apply the one that
-        was learned first (the lowest rank), wherever it applies, from left to right.
-
-        Scanning the word again after each merge would take quadratic time. A heap of all the pairs
-        takes O(n log n) and gives the same result, because merges are learned one after another:
-        a pair that contains a merged token always ranks after the merge that made that token.
+        While any two adjacent symbols can be merged, merge the pair that was learned first (the one
+        with the lowest rank) wherever it occurs, from left to right.
         """
-        symbols = ["", *token, ""]  # no merge applies to the empty symbols at both ends
-        # a doubly linked list: the index of the symbol before and after each symbol
-        before = list(range(-1, len(symbols) - 1))
-        after = list(range(1, len(symbols) + 1))
-
-        def rank(i):
-            """The rank of the pair of symbols i and after[i]; infinity if no merge applies."""
-            return self.bpe_ranks.get((symbols[i], symbols[after[i]]), math.inf)
-
-        # pairs by rank, then from left to right; those of rank infinity stay in the heap
-        heap = [(rank(i), i) for i in range(len(symbols) - 1)]
-        heapq.heapify(heap)
-        while heap[0][0] < math.inf:
-            lowest_rank, i = heapq.heappop(heap)
-            if rank(i) != lowest_rank:
-                continue  # stale: one of its symbols has been merged with another since
-            right = after[i]
-            symbols[i] += symbols[right]
-            symbols[right] = ""
-            after[i] = after[right]
-            before[after[i]] = i
-            heapq.heappush(heap, (rank(before[i]), before[i]))
-            heapq.heappush(heap, (rank(i), i))
-        return " ".join(symbol for symbol in symbols if symbol)
+        symbols = list(token)
+        while pairs := [pair for pair in itertools.pairwise(symbols) if pair in self.bpe_ranks]:
+            best_pair = min(pairs, key=self.bpe_ranks.get)
+            merged = []
+            for symbol in symbols:
+                if merged and (merged[-1], symbol) == best_pair:
+                    merged[-1] += symbol
+                else:
+                    merged.append(symbol)
+            symbols = merged
+        return " ".join(symbols)
 
     def encode(self, text):
         """Text -> list of token ids. `<|endoftext|>` is treated as text, not as the special token.

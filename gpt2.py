@@ -8,7 +8,7 @@ layers, x has one row per token: [n_seq, n_embd].
 import numpy as np
 from tqdm import tqdm
 
-from utils import check_lengths, check_n_tokens, load_encoder_hparams_and_params, run_command_line
+from utils import UserError, check_n_tokens, load_encoder_hparams_and_params, run_command_line
 
 
 def gelu(x):
@@ -56,6 +56,9 @@ def attention(q, k, v, mask):
     """Scaled dot-product attention: each query gets an average of the values, weighted by how well
     the query matches their keys.
 
+    A token's query is what it looks for, its key is what others find it by, and its value is what
+    it passes on to those that find it.
+
     q [..., n_q, d_k], k [..., n_k, d_k], v [..., n_k, d_v], mask [n_q, n_k] -> [..., n_q, d_v].
     The mask is added to the scores: 0 keeps a key, -1e10 hides it.
 
@@ -77,7 +80,7 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None):
     """
     n_seq, n_embd = x.shape
     # project to queries, keys and values: [n_seq, n_embd] -> [n_seq, 3*n_embd]
-    qkv = linear(x, **c_attn)
+    qkv = linear(x, **c_attn)  # the columns are [q | k | v], each of them [head 0 | head 1 | ...]
     # split into three: [n_seq, 3*n_embd] -> [3, n_seq, n_embd]
     qkv = qkv.reshape(n_seq, 3, n_embd).swapaxes(0, 1)
     # split into heads: [3, n_seq, n_embd] -> [3, n_head, n_seq, n_embd/n_head]
@@ -91,11 +94,9 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None):
         kvcache[:, :, n_past:] = qkv[1:]  # the new keys and values
         k, v = kvcache  # all of them: each [n_head, n_past + n_seq, n_embd/n_head]
 
-    # causal mask: a query sees the keys up to its own position, so a single new token sees them all
-    query_positions = np.arange(n_past, n_past + n_seq)[:, None]  # [n_seq, 1]
-    key_positions = np.arange(n_past + n_seq)  # [n_past + n_seq]
-    # 0 if the key is visible, -1e10 if not: [n_seq, n_past + n_seq]
-    mask = np.float32(-1e10) * (key_positions > query_positions)
+    # causal mask, [n_seq, n_past + n_seq]: 0 for the keys up to the query's own position, where
+    # np.tri is 1, and -1e10 for later ones. There are none for a single new token: all zeros
+    mask = (1 - np.tri(n_seq, n_past + n_seq, n_past, np.float32)) * -1e10
 
     heads = attention(q, k, v, mask)  # [n_head, n_seq, n_embd/n_head]
     # merge heads: [n_head, n_seq, n_embd/n_head] -> [n_seq, n_embd]
@@ -151,7 +152,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None):
     x = x if kvcache is None else x[-1:]  # generation needs only the last row: [1, n_embd]
     # tied embeddings: wte embeds the inputs and also scores the outputs, by their similarity to x.
     # "Using the Output Embedding to Improve Language Models" (Press and Wolf 2017)
-    return layer_norm(x, **ln_f) @ wte.T  # [n_seq, n_embd] @ [n_embd, n_vocab] -> [n_seq, n_vocab]
+    # [n_seq, n_embd] @ [n_embd, n_vocab] -> [n_seq, n_vocab]; with a cache, [1, n_vocab]
+    return layer_norm(x, **ln_f) @ wte.T
 
 
 # How many tokens of a prompt run through the model at once. With fewer, matrix products are slower;
@@ -162,13 +164,15 @@ PREFILL_PIECE = 192
 def generate(inputs, params, n_head, n_tokens_to_generate):
     """Greedy generation: repeatedly append the most likely token (lowest id on ties).
 
-    inputs: a list of token ids, left unchanged. params: the weights, as in `gpt2`. Returns the
-    n_tokens_to_generate new ids, a list of ints.
-    Raises UserError (a ValueError) if inputs is empty or the context has too little room.
+    inputs: a list of token ids, at least one; it is left unchanged. params: the weights, as in
+    `gpt2`. Returns the n_tokens_to_generate new ids, a list of ints.
+    Raises UserError (a ValueError) if the context has no room for them.
     """
     n_seq = len(inputs)
     n_ctx, n_embd = params["wpe"].shape
-    n_new = check_lengths(n_seq, n_tokens_to_generate, n_ctx)
+    n_new = check_n_tokens(n_tokens_to_generate)
+    if n_seq + n_new > n_ctx:
+        raise UserError(f"{n_seq} prompt tokens and {n_new} new ones exceed the context of {n_ctx}")
     n_layer = len(params["blocks"])
     cache = np.empty((n_layer, 2, n_head, n_seq + n_new, n_embd // n_head), np.float32)
     ids = list(inputs)
@@ -176,12 +180,13 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
     for _ in tqdm(range(n_new), "generating"):
         # the first round runs the prompt through the model, piece by piece (prefill);
         # each later round runs only the newest token (decode)
-        while n_past < len(ids):
-            n_total = min(n_past + PREFILL_PIECE, len(ids))
-            new = ids[n_past:n_total]
-            logits = gpt2(new, **params, n_head=n_head, kvcache=cache[:, :, :, :n_total])
-            n_past = n_total
-        ids.append(int(np.argmax(logits[-1])))  # [n_vocab] -> the next id
+        for start in range(n_past, len(ids), PREFILL_PIECE):
+            piece = ids[start : start + PREFILL_PIECE]
+            end = start + len(piece)
+            # the length of the cache tells gpt2 the positions of the new tokens: the last ones
+            logits = gpt2(piece, **params, n_head=n_head, kvcache=cache[:, :, :, :end])
+        n_past = len(ids)
+        ids.append(int(np.argmax(logits[-1])))  # [1, n_vocab] -> the next id
     return ids[n_seq:]
 
 

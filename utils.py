@@ -1,12 +1,11 @@
-"""Everything around the model: errors, arguments, download, checkpoint, command line.
+"""Everything around the model: download, checkpoint, command line.
 
-The functions are in groups with headings. The last group, the command line, uses the others.
+`load_encoder_hparams_and_params` comes first, as the table of contents. The functions it calls
+follow in the order of the calls.
 """
 
-import base64
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -14,12 +13,30 @@ import re
 import signal
 import sys
 import time
-import types
 
 import numpy as np
 from tqdm import tqdm
 
 from encoder import get_encoder
+
+
+def load_encoder_hparams_and_params(model_size, models_dir):
+    """Load everything `gpt2.generate` needs: an Encoder, the hparams dict and the params dict.
+
+    model_size: 124M, 355M, 774M or 1558M. Its files are in <models_dir>/<model_size>; missing ones
+    are downloaded first. Raises UserError (a ValueError) or OSError.
+    """
+    models_dir = os.path.expanduser(models_dir)  # ~ is the home folder
+    model_dir = os.path.join(models_dir, str(model_size))
+    download_gpt2_files(model_size, model_dir)
+    with damage_reported(f"{model_dir}/encoder.json or vocab.bpe"):
+        encoder = get_encoder(model_size, models_dir)
+    with damage_reported(f"{model_dir}/hparams.json"):
+        hparams = json.loads(pathlib.Path(model_dir, "hparams.json").read_text("utf-8"))
+        if hparams["n_vocab"] != len(encoder.encoder):
+            raise ValueError(f"n_vocab is not {len(encoder.encoder)}, the size of the vocabulary")
+    return encoder, hparams, load_gpt2_params_from_tf_ckpt(checkpoint_prefix(model_dir), hparams)
+
 
 # ---- Errors ----------------------------------------------------------------------------------
 
@@ -28,120 +45,79 @@ class UserError(ValueError):
     """An error the user can fix: the command line prints its message instead of a traceback."""
 
 
-MALFORMED = (ValueError, TypeError, AttributeError, LookupError, RecursionError)  # text and JSON
-
-
 @contextlib.contextmanager
-def damage_reported(path, errors=MALFORMED):
-    """Turn errors that the contents of a file cause into a UserError that names the file."""
+def damage_reported(path, errors=(ValueError, TypeError, AttributeError, LookupError)):
+    """Turn the errors that the contents of a file can cause into a UserError that names it."""
     try:
         yield
     except errors as error:
-        raise UserError(f"{path} is damaged ({error}); move it away and run this again") from error
-
-
-# ---- Arguments -------------------------------------------------------------------------------
-
-
-def check_n_tokens(n_tokens):
-    """Return n_tokens, an integer of any type, as an int. Raises UserError unless it is >= 0."""
-    if isinstance(n_tokens, bool) or not hasattr(n_tokens, "__index__") or n_tokens < 0:
-        raise UserError(f"n_tokens_to_generate must be a whole number >= 0, not {n_tokens!r}")
-    return n_tokens.__index__()
-
-
-def check_lengths(n_seq, n_tokens, n_ctx):
-    """Return n_tokens as an int. Raises UserError unless they fit into the context."""
-    n_new = check_n_tokens(n_tokens)
-    if n_seq == 0:
-        raise UserError("the prompt has 0 tokens, but at least 1 is needed")
-    if n_seq + n_new > n_ctx:
-        raise UserError(f"{n_seq} prompt tokens and {n_new} new ones exceed the context of {n_ctx}")
-    return n_new
+        advice = "if it is damaged, move it to another folder and run this again"
+        raise UserError(f"cannot read {path} ({error}); {advice}") from error
 
 
 # ---- Download --------------------------------------------------------------------------------
 
-SIZES = {"124M": "0.5 GB", "355M": "1.4 GB", "774M": "3.1 GB", "1558M": "6.2 GB"}  # of the files
+SIZES = ("124M", "355M", "774M", "1558M")
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 DATA = ".data-00000-of-00001"  # the suffixes of a checkpoint's two main files
 INDEX = ".index"
-# in the order of the download: with the index, which comes last, a checkpoint is complete
-CHECKPOINT_FILES = ("checkpoint", "model.ckpt.meta", f"model.ckpt{DATA}", f"model.ckpt{INDEX}")
-FILES = ("encoder.json", "hparams.json", "vocab.bpe", *CHECKPOINT_FILES)
-TOY = 'python gpt2.py "Twas brillig, and the slithy" --models_dir tests/models'
+# in the order of the download
+FILES = ["encoder.json", "hparams.json", "vocab.bpe", "checkpoint"]
+FILES += ["model.ckpt.meta", f"model.ckpt{DATA}", f"model.ckpt{INDEX}"]
+TOY = 'try the toy model offline: python gpt2.py "Twas brillig" --models_dir tests/models'
 
 
 def download_gpt2_files(model_size, model_dir):
-    """Download those of OpenAI's seven files that are missing in model_dir.
+    """Download those of OpenAI's seven files that are missing in the folder model_dir.
 
-    Uses no network if none is missing. Raises UserError (a ValueError) or OSError.
+    A complete checkpoint, or one with another name than OpenAI's, needs no weights. Uses no network
+    if nothing is missing. Raises UserError (a ValueError) or OSError.
     """
     if model_size not in SIZES:
         raise UserError(f"model_size must be one of {', '.join(SIZES)}, not {model_size!r}")
-    if not missing_files(model_dir):
-        return
     os.makedirs(model_dir, exist_ok=True)
-    what = f"GPT-2 {model_size} ({SIZES[model_size]} at most)"
-    print(f"downloading {what} from {URL} to {model_dir}", file=sys.stderr)
-    with contextlib.ExitStack() as stack:
-        lock(model_dir, stack)
-        for name in missing_files(model_dir):  # again: another process may have downloaded some
-            download_file(f"{URL}/{model_size}/{name}", os.path.join(model_dir, name))
+    prefix = checkpoint_prefix(model_dir)
+    has_data = any(pathlib.Path(model_dir).glob("model.ckpt.data-*-of-*[0-9]"))
+    is_complete = has_data and os.path.exists(prefix + INDEX)
+    is_own = os.path.basename(prefix) != "model.ckpt"
+    for name in FILES[:3] if is_complete or is_own else FILES:
+        download_file(f"{URL}/{model_size}/{name}", os.path.join(model_dir, name))
 
 
-def missing_files(model_dir):
-    """The names of the files to download into model_dir, in order. Raises UserError or OSError.
+def checkpoint_prefix(model_dir):
+    """The path of the checkpoint in model_dir, without suffix, as in models/124M/model.ckpt.
 
-    Nothing is added to a checkpoint that is complete, or that has another name than OpenAI's.
+    Its name is in the file `checkpoint`, perhaps with the folder in which it was saved. Without
+    that file, it is the name of an index, or else OpenAI's. Raises UserError or OSError.
     """
-    names = os.listdir(model_dir) if os.path.isdir(model_dir) else []
-    named = {os.path.basename(checkpoint_prefix(model_dir))} if "checkpoint" in names else set()
-    with_index = {name.removesuffix(INDEX) for name in names if name.endswith(INDEX)}
-    with_data = {n.rpartition(".data-")[0] for n in names if re.search(r"\.data-\d+-of-\d+$", n)}
-    wanted = FILES
-    if with_index & with_data or (with_index | with_data | named) - {"model.ckpt"}:
-        # except for the fourth file, "checkpoint", which only says that the name is model.ckpt
-        wanted = FILES[:4] if "model.ckpt" in with_index else FILES[:3]
-    return [name for name in wanted if name not in names]
-
-
-def lock(folder, stack):
-    """Wait until no other process is downloading into this folder; lock it until stack is closed.
-
-    Windows and some network file systems have no such locks. If two processes then write to the
-    same partial file, `verify` detects it, given a checksum.
-    """
-    with contextlib.suppress(ImportError, OSError):
-        import fcntl
-
-        descriptor = os.open(folder, os.O_RDONLY)
-        stack.callback(os.close, descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    path = pathlib.Path(model_dir, "checkpoint")
+    with contextlib.suppress(FileNotFoundError), damage_reported(path):
+        pattern = r'model_checkpoint_path: "(?:[^"]*[/\\])?([^"]+)"'
+        return os.path.join(model_dir, re.search(pattern, path.read_text("utf-8"))[1])
+    indexes = [*path.parent.glob(f"*{INDEX}"), path.with_name(f"model.ckpt{INDEX}")]
+    return str(indexes[0]).removesuffix(INDEX)
 
 
 def download_file(url, path):
-    """Download url to <path>.part, resuming whenever the connection breaks, and rename it to path.
+    """Download url to the partial file <path>.part, and rename it to path when it is complete.
 
-    Raises UserError for a checksum mismatch, and after four attempts in a row without progress.
+    An interrupted download is resumed. Several processes may download the same file at once: all
+    write the same bytes to the same positions, and none leaves a gap. Raises UserError after four
+    attempts in a row without progress, or at once if another attempt would be no use.
     """
     part = f"{path}.part"
-    largest = file_size(part)
     failures = 0
-    while failures < 4:
-        time.sleep(failures)  # 0 to 3 seconds
+    while not os.path.exists(path):
+        print(f"downloading {url}", file=sys.stderr)
+        size = file_size(part)
         try:
-            reply, start = request_rest(url, file_size(part))
-            append(reply, part, start)
-            verify(reply, part)
+            fetch_rest(url, part)
             os.replace(part, path)
-            return
-        except OSError as error:  # from the network or the disk: requests.RequestException is one
-            # requests wraps the original error
-            reason = next((arg.reason for arg in error.args if hasattr(arg, "reason")), error)
-        failures = 0 if file_size(part) > largest else failures + 1
-        largest = max(largest, file_size(part))
-    raise UserError(f"cannot download {url} ({reason}); run this again to resume, or offline {TOY}")
+        except OSError as error:  # from the network or the disk
+            failures = 0 if file_size(part) > size else failures + 1
+            if failures == 4:
+                raise UserError(f"cannot download {url} ({error}); rerun to resume, or {TOY}")
+            time.sleep(failures)
 
 
 def file_size(path):
@@ -149,173 +125,152 @@ def file_size(path):
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
-def request_rest(url, size):
-    """Request the part of url that follows the first `size` bytes, starting one byte early.
+def fetch_rest(url, part):
+    """Request what the partial file lacks of url, and write it there. Raises OSError or UserError.
 
-    Without that byte, the rest of a complete file would be empty, which is an error in HTTP.
-    Returns the reply and the position of its first byte: 0 if the server sends the whole file.
-    Raises OSError.
+    The request starts one byte early: the rest of a complete file would be empty, which is an error
+    in HTTP.
     """
     import requests
 
-    start = max(size - 1, 0)
-    # a compressed file could not be resumed; requests omits a header whose value is None
-    headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-" if start else None}
-    reply = requests.get(url, headers=headers, stream=True, timeout=(5, 10))  # seconds
-    resumed = reply.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-    if start and reply.status_code in (206, 416) and not resumed:
-        return request_rest(url, 0)  # not the range that was requested, or no such range
-    if reply.status_code != (206 if resumed else 200):
-        raise OSError(f"{reply.status_code} {reply.reason}")
-    if "html" in reply.headers.get("Content-Type", ""):
-        raise OSError("got a web page instead of the file: a login or proxy page?")
-    return reply, start if resumed else 0
+    pathlib.Path(part).touch()
+    with open(part, "r+b", buffering=0) as file:
+        start = max(file.seek(0, os.SEEK_END) - 1, 0)
+        # a compressed file could not be resumed
+        headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}
+        with requests.get(url, headers=headers, stream=True, timeout=(5, 10)) as reply:  # seconds
+            if reply.status_code == 416:  # the partial file is longer than the file: start over
+                file.truncate(0)
+            check_reply(reply, start)
+            write_body(reply, file, start if reply.status_code == 206 else 0)
 
 
-def append(reply, part, start):
-    """Write the reply's body to the file `part` from position `start` on, with a progress bar.
+def check_reply(reply, start):
+    """Check that a reply has the whole file (200) or the bytes from `start` on (206).
 
-    Raises OSError if the connection breaks or the disk is full.
+    Raises OSError if another attempt may help, UserError if not.
+    """
+    status = f"{reply.status_code} {reply.reason}"
+    if re.match("4(?!08|16|29)", status):  # those three are worth another attempt
+        raise UserError(f"cannot download {reply.url}: {status}")
+    is_rest = reply.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+    if reply.status_code != 200 and not (reply.status_code == 206 and is_rest):
+        raise OSError(status)
+    if "html" in reply.headers.get("Content-Type", "").lower():
+        raise UserError(f"cannot download {reply.url}: got a web page (of a login or a proxy?)")
+
+
+def write_body(reply, file, start):
+    """Write the body of a reply to the file, from position `start` on, with a progress bar.
+
+    Raises OSError if the connection breaks or the disk is full, or if another process has completed
+    and renamed the file meanwhile: its name may then belong to a new partial file.
     """
     header = reply.headers.get("Content-Range") or reply.headers.get("Content-Length", "")
-    digits = header.rpartition("/")[2]  # the 10 of "bytes 5-9/10" or "10"; it may be "*" or missing
-    total = int(digits) if digits.isdecimal() else 0
-    bar = tqdm(desc=os.path.basename(part), total=total, initial=start, unit="B", unit_scale=True)
-    with bar, open(part, "r+b" if start else "wb", buffering=0) as file:
+    total = int(re.search(r"\d*$", header)[0] or 0)  # the 10 of "bytes 5-9/10" or "10", if known
+    with tqdm(desc=file.name, total=total, initial=start, unit="B", unit_scale=True) as bar:
         file.seek(start)
         for piece in reply.iter_content(8192):
             bar.update(file.write(piece))
-        os.fsync(file.fileno())  # the contents must be on disk before the file gets its final name
-    if file_size(part) < max(total, 1):
-        raise OSError(f"got {file_size(part):,} of {total:,} bytes")
-
-
-def verify(reply, part):
-    """Compare the file with the MD5 that Azure Blob Storage sends, if any. Raises UserError."""
-    # in a 206 reply, Content-MD5 covers only the part that was sent
-    header = "Content-MD5" if reply.status_code == 200 else "x-ms-blob-content-md5"
-    digest = hashlib.md5(np.memmap(part, np.uint8, "r"), usedforsecurity=False).digest()
-    if reply.headers.get(header) not in (None, base64.b64encode(digest).decode()):
-        os.remove(part)
-        raise UserError(f"checksum mismatch; the partial file {part} was deleted, run this again")
+    if min(file.tell(), file_size(file.name)) < max(total, 1):
+        raise OSError(f"got {file.tell():,} of {total:,} bytes")
 
 
 # ---- Checkpoint ------------------------------------------------------------------------------
 
 
-def checkpoint_prefix(model_dir):
-    """The path of the checkpoint that the file `checkpoint` names, as in models/124M/model.ckpt.
-
-    The file may have the full path under which the checkpoint was once saved; only its last
-    component counts. Raises UserError if it names no checkpoint, OSError if it cannot be read.
-    """
-    path = os.path.join(model_dir, "checkpoint")
-    with damage_reported(path), open(path, encoding="utf-8") as file:
-        match = re.search(r'model_checkpoint_path: "(?:[^"]*[/\\])?([^"]+)"', file.read())
-        if not match:
-            raise ValueError("it names no checkpoint")
-    return os.path.join(model_dir, match[1])
-
-
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     """Load the weights as `gpt2.gpt2` takes them: nested dicts of float32 arrays.
 
-    tf_ckpt_path: the checkpoint's files without their endings, as in models/124M/model.ckpt.
+    tf_ckpt_path: the checkpoint's files without their suffixes, as in models/124M/model.ckpt.
     hparams: n_vocab, n_ctx, n_embd, n_head, n_layer.
     Raises UserError for a damaged checkpoint or one that hparams does not describe, OSError for
-    one that cannot be read.
+    one that cannot be opened.
 
-    In practice, a checkpoint's data file is its arrays back to back, so they can be memory-mapped
-    (and are then read-only), which takes no time and no memory of its own. But no specification
-    says so. Therefore, the first run reads every array with TensorFlow and compares. If all are
-    equal, the fingerprint of the checkpoint is saved in <tf_ckpt_path>.mapped. As long as it
-    matches, TensorFlow is not needed. (Damage that leaves size and mtime alone goes unnoticed.)
+    In practice, a checkpoint's data file is its arrays back to back, so they can be memory-mapped,
+    which takes no time and no memory of its own. But no specification says so. Therefore, the first
+    run reads every array with TensorFlow and compares. If all are equal, it saves a note with their
+    shapes and the fingerprint of the checkpoint. As long as that matches, TensorFlow is not needed.
+    (Damage that leaves the size and the modification time alone goes unnoticed.) The arrays can be
+    changed; the file cannot be changed through them.
     """
-    shapes = variable_shapes(hparams)
-    note = pathlib.Path(f"{tf_ckpt_path}.mapped")
+    keep_freed_memory()
+    open(tf_ckpt_path + INDEX, "rb").close()  # if that is impossible, OSError says why
     try:
-        mapped = map_arrays(tf_ckpt_path, shapes)
-        expected = fingerprint(tf_ckpt_path, hparams)
-        is_verified = note.exists() and note.read_bytes() == expected
-    except (OSError, ValueError):  # several data files, or damaged: TensorFlow reads it or says why
-        return nest(dict(read_with_tensorflow(tf_ckpt_path, shapes)))
-    if not is_verified:
-        arrays = read_with_tensorflow(tf_ckpt_path, shapes)  # one at a time: they are only compared
-        # compare the bits, because NaN != NaN
-        if not all(np.array_equal(a.view("u4"), mapped[name].view("u4")) for name, a in arrays):
-            return nest(dict(read_with_tensorflow(tf_ckpt_path, shapes)))
-        with contextlib.suppress(OSError):  # in a read-only folder, the next run compares again
-            note.write_bytes(expected)
-    return nest(mapped)
+        note = json.loads(pathlib.Path(f"{tf_ckpt_path}.mapped").read_text("utf-8"))
+        arrays = map_arrays(tf_ckpt_path, note[fingerprint(tf_ckpt_path)])
+    except (OSError, ValueError, TypeError, LookupError):  # there is no note of this checkpoint
+        arrays = read_with_tensorflow(tf_ckpt_path)
+    with damage_reported(f"{tf_ckpt_path} or hparams.json"):
+        params = nest(arrays)
+        found = [len(params["wte"]), *params["wpe"].shape, len(params["blocks"])]
+        expected = [hparams[name] for name in ("n_vocab", "n_ctx", "n_embd", "n_layer")]
+        if found != expected or hparams["n_embd"] % hparams["n_head"]:
+            raise ValueError(f"the weights have the sizes {found}, but hparams are {hparams}")
+    return params
 
 
-def variable_shapes(hparams):
-    """{name: shape} of GPT-2's variables (OpenAI's src/model.py), sorted as in the data file."""
-    n = hparams["n_embd"]
-    layer = {f"{norm}/{name}": [n] for norm in ("ln_1", "ln_2") for name in "gb"}
-    layer |= {"attn/c_attn/w": [n, 3 * n], "attn/c_attn/b": [3 * n]}
-    layer |= {"attn/c_proj/w": [n, n], "attn/c_proj/b": [n]}
-    layer |= {"mlp/c_fc/w": [n, 4 * n], "mlp/c_fc/b": [4 * n]}
-    layer |= {"mlp/c_proj/w": [4 * n, n], "mlp/c_proj/b": [n]}
-    shapes = {f"model/h{i}/{k}": v for i in range(hparams["n_layer"]) for k, v in layer.items()}
-    shapes |= {"model/wte": [hparams["n_vocab"], n], "model/wpe": [hparams["n_ctx"], n]}
-    shapes |= {"model/ln_f/g": [n], "model/ln_f/b": [n]}
-    return dict(sorted(shapes.items()))
+def keep_freed_memory():
+    """Make malloc on Linux keep freed memory for the next array.
+
+    By default, glibc returns large blocks to the system when they are freed, and getting new ones
+    costs page faults. But once it has returned a block of up to 32 MiB, it keeps all later ones up
+    to that size. This frees one.
+    """
+    np.empty(2**25 - 2**16, np.uint8)
+
+
+def fingerprint(prefix):
+    """Identify a checkpoint, wherever it is copied with its modification time. Raises OSError.
+
+    Copying may round the time to seconds. The index has the CRC of every array.
+    """
+    data = os.stat(prefix + DATA)
+    return f"{data.st_size} {int(data.st_mtime)} {pathlib.Path(prefix + INDEX).read_bytes().hex()}"
 
 
 def map_arrays(prefix, shapes):
-    """{name: array}: the data file as a memory map, cut into arrays of these shapes.
+    """{name: array}: the data file, memory-mapped and cut into arrays of these shapes.
 
-    Raises OSError or ValueError if there is no such file or it is too short.
+    Returns {} if the file is not exactly as long as the arrays. Raises OSError.
     """
     sizes = [np.prod(shape) for shape in shapes.values()]
-    data = np.memmap(prefix + DATA, np.float32, "r", shape=sum(sizes))
+    if file_size(prefix + DATA) != 4 * sum(sizes):  # bytes per float32
+        return {}
+    data = np.memmap(prefix + DATA, np.float32, "c")  # copy-on-write
     parts = np.split(np.asarray(data), np.cumsum(sizes)[:-1])
     return {name: part.reshape(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
 
-def fingerprint(prefix, hparams):
-    """Bytes that identify a checkpoint, wherever it is copied with its modification time.
+def read_with_tensorflow(prefix):
+    """{name: array}: each array memory-mapped if the map has the same bits, otherwise as read.
 
-    Copying may round that to seconds. The index file has the CRC of every array.
+    TensorFlow verifies the CRCs. Saves a note for the next run if all are mapped. Raises UserError
+    or OSError.
     """
-    data = os.stat(prefix + DATA)
-    index_hash = hashlib.sha256(pathlib.Path(prefix + INDEX).read_bytes()).hexdigest()
-    return json.dumps([hparams, data.st_size, int(data.st_mtime), index_hash]).encode()
-
-
-def read_with_tensorflow(prefix, shapes):
-    """Yield the (name, float32 array) of each variable. TensorFlow verifies their CRCs.
-
-    Raises UserError for a damaged checkpoint or one that does not match hparams.json, OSError if
-    there is none.
-    """
-    with tqdm(shapes.items(), f"reading {os.path.basename(prefix)}") as bar:
-        import tensorflow as tf  # takes seconds, so the bar comes first
-
-        reader = open_with_tensorflow(prefix)
-        saved = reader.get_variable_to_shape_map()
-        for name in saved:
-            if re.fullmatch(r"model/h\d+/ln_1/g", name) and name not in shapes:
-                raise UserError(f"{prefix} has more layers than hparams.json says: {name}")
-        for name, shape in bar:
-            found = saved.get(name, "missing")
-            if found not in (shape, [1, *shape]):  # OpenAI's matrices are [1, n_in, n_out]
-                raise UserError(f"{prefix}: by hparams.json, {name} is {shape}, here it is {found}")
-            with damage_reported(prefix + DATA, (*MALFORMED, tf.errors.OpError)):
-                yield name, np.asarray(reader.get_tensor(name), np.float32).reshape(shape)
-
-
-def open_with_tensorflow(prefix):
-    """TensorFlow's reader of a checkpoint. Raises UserError, or OSError if there is none."""
+    print(f"reading {prefix} with TensorFlow", file=sys.stderr)  # importing it takes seconds
     import tensorflow as tf
 
-    os.stat(prefix + INDEX)  # raises OSError
-    with damage_reported(prefix + INDEX, tf.errors.OpError):
-        try:
-            return tf.train.load_checkpoint(prefix)
-        except (tf.errors.NotFoundError, UnicodeError):  # although the file is there
-            raise UserError(f"TensorFlow cannot open {prefix}: is there a [ or \\ in it?") from None
+    with damage_reported(prefix, (tf.errors.OpError, IndexError)):
+        shapes = gpt2_shapes(tf.train.list_variables(prefix))
+        arrays = map_arrays(prefix, shapes)
+        note = {fingerprint(prefix): shapes} if arrays else {}
+        for name, shape in tqdm(shapes.items(), "reading"):
+            array = np.asarray(tf.train.load_variable(prefix, name), np.float32).reshape(shape)
+            if name not in arrays or not np.array_equal(array, arrays[name]):
+                arrays[name] = array
+                note = {}
+    with contextlib.suppress(OSError):  # a read-only folder
+        pathlib.Path(f"{prefix}.mapped").write_text(json.dumps(note))
+    return arrays
+
+
+def gpt2_shapes(variables):
+    """{name: shape} of GPT-2's variables, without the leading 1 of OpenAI's [1, n_in, n_out].
+
+    variables: pairs of name and shape. Others, such as an optimizer's model/wte/Adam, are ignored.
+    """
+    return {n: shape[-2:] for n, shape in variables if re.fullmatch(r"model/(w[tp]e|.*/[gbw])", n)}
 
 
 def nest(arrays):
@@ -331,38 +286,6 @@ def nest(arrays):
     return params
 
 
-# ---- Encoder, hparams and params -------------------------------------------------------------
-
-
-def load_encoder_hparams_and_params(model_size, models_dir):
-    """Load all that `gpt2.generate` needs: returns an Encoder, the hparams dict, the params dict.
-
-    model_size: 124M, 355M, 774M or 1558M, in the folder <models_dir>/<model_size>. What is missing
-    there is downloaded first. Raises UserError (a ValueError) or OSError.
-    """
-    model_dir = os.path.join(models_dir, str(model_size))
-    download_gpt2_files(model_size, model_dir)
-    with damage_reported(f"the vocabulary ({model_dir}/encoder.json and {model_dir}/vocab.bpe)"):
-        encoder = get_encoder(model_size, models_dir)
-    hparams = load_hparams(model_dir, len(encoder.encoder))
-    return encoder, hparams, load_gpt2_params_from_tf_ckpt(checkpoint_prefix(model_dir), hparams)
-
-
-def load_hparams(model_dir, n_vocab):
-    """Read hparams.json. Raises UserError if it is damaged or does not fit n_vocab tokens."""
-    path = os.path.join(model_dir, "hparams.json")
-    with damage_reported(path), open(path, encoding="utf-8") as file:
-        hparams = json.load(file)
-        sizes = [hparams[name] for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")]
-        if any(type(size) is not int or not 0 < size < 10**5 for size in sizes):
-            raise ValueError(f"the sizes are {sizes}")
-        if hparams["n_vocab"] != n_vocab:
-            raise ValueError(f"n_vocab is not {n_vocab}, the number of tokens in encoder.json")
-        if hparams["n_embd"] % hparams["n_head"]:
-            raise ValueError("n_embd is not divisible by n_head")
-    return hparams
-
-
 # ---- Command line ----------------------------------------------------------------------------
 
 USAGE = 'usage: python gpt2.py "PROMPT" [--OPTION=VALUE ...]; --prompt="..." takes any text'
@@ -374,66 +297,54 @@ def run_command_line(main):
     An error the user can fix becomes one line on stderr and exit status 1. The settings made here
     affect the whole process, so only a program should call this function.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program without a traceback
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program without a traceback
     # silence TensorFlow and oneDNN, unless the user wants to see their messages
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (None if closed by the caller)
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     sys.stdout.reconfigure(errors="replace")  # "?" for what the terminal cannot show
-    keep_freed_memory()
     try:
-        print(call(main, sys.argv[1:]), flush=True)
-    except BrokenPipeError:  # as in `... | head`; without dup2, the flush at exit would fail, too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as error:
+        text = call(main, sys.argv[1:])
+        # closed here, because Python would flush a broken pipe (as in `... | true`) again at exit
+        with contextlib.suppress(BrokenPipeError), sys.stdout:
+            print(text)
+    except (UserError, OSError, MemoryError) as error:
         sys.exit(" ".join(str(error).split()))  # one line, even if a file name has a line break
 
 
-def keep_freed_memory():
-    """Make malloc on Linux keep freed memory for the next array.
-
-    By default, glibc returns large blocks to the system when they are freed, and getting new ones
-    costs page faults: tens of thousands for a long prompt, a third of its time. But once it has
-    returned a block of up to 32 MiB, it keeps all later ones up to that size. This frees one.
-    """
-    np.empty(2**25 - 2**16, np.uint8)
-
-
 def call(main, arguments):
-    """Parse the arguments and call main. Returns its result, or the help text for --help."""
+    """Parse the arguments with Fire and call main. Returns its result, or the text for --help.
+
+    Raises UserError for a missing, unknown or extra argument, and for an option without a value.
+    """
     import fire
 
     if {"-h", "--help"} & set(arguments):
         return fire.helptext.HelpText(main, trace=fire.trace.FireTrace(main, name="gpt2.py"))
-    prompt, n_new, model_size, models_dir = parse(main, arguments)
-    if not re.fullmatch(r"\d{1,99}", str(n_new)):
-        raise UserError(f"n_tokens_to_generate must be a whole number >= 0, not {n_new!r}; {USAGE}")
-    # the shell does not expand the ~ in --models_dir=~/models
-    return main(prompt, int(n_new), model_size, os.path.expanduser(models_dir))
-
-
-class Parsed(types.SimpleNamespace):
-    """A parsed call. Fire looks for extra arguments among the members of a result: it has none."""
-
-    def __dir__(self):
-        return []
-
-
-def parse(main, arguments):
-    """Parse the command line with Fire. Returns a string or the default for each parameter of main.
-
-    Raises UserError for a missing, unknown or extra argument.
-    """
-    import fire
-
-    # Fire calls a function before it finds extra arguments, so this one only records
-    record = functools.wraps(main)(lambda *values: Parsed(values=values))
+    check_options(arguments)
+    # Fire calls a function before it finds extra arguments, so this one only records the values
+    calls = []
+    record = functools.wraps(main)(lambda *values: calls.append(values))
     fire.decorators.SetParseFn(str)(record)  # the prompt "12345" is not a number
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        with open(os.devnull, "w", errors="replace") as null, contextlib.redirect_stderr(null):
             # by default, Fire takes the prompt "-" as a separator between two calls
-            command = [*arguments, "--", "--separator=\0"]
-            return fire.Fire(record, command, serialize=lambda result: None).values
+            fire.Fire(record, [*arguments, "--", "--separator=\0"])
     except fire.core.FireExit as error:
         raise UserError(f"{error.trace.elements[-1].ErrorAsStr()}; {USAGE}") from None
+    return main(*calls[0])
+
+
+def check_options(arguments):
+    """Raise UserError for an option without a value, which Fire would set to True."""
+    is_option = re.compile("--|-[a-zA-Z]").match
+    for argument, following in zip(arguments, [*arguments[1:], "--"]):
+        if is_option(argument) and "=" not in argument and is_option(following):
+            raise UserError(f"{argument} needs a value; {USAGE}")
+
+
+def check_n_tokens(n_tokens):
+    """Return n_tokens (an integer or its digits) as an int. Raises UserError if it is neither."""
+    if not re.fullmatch(r"\d{1,9}", str(n_tokens)):
+        raise UserError(f"n_tokens_to_generate must be a whole number, not {n_tokens!r}; {USAGE}")
+    return int(n_tokens)

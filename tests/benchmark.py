@@ -48,15 +48,11 @@ N_NEW = 40
 
 
 def random_weights(hparams):
-    """Yield (name, float32 array) for each variable, with the same values at every call."""
-    import numpy as np
+    """{name: float32 array} of the variables, with the same values at every call."""
+    from random_weights import random_params, variables
 
-    import utils
-
-    rng = np.random.default_rng(0)
-    for name, shape in utils.variable_shapes(hparams).items():
-        mean = 1 if name.endswith("/g") else 0
-        yield name, rng.normal(mean, 0.05, shape).astype(np.float32)
+    shape = {name: hparams[name] for name in ("n_vocab", "n_ctx", "n_embd", "n_layer")}
+    return variables(random_params(**shape, scale=0.05))
 
 
 def torch_name(name):
@@ -72,15 +68,12 @@ def write_checkpoint(path, hparams, folder):
     os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
     import tensorflow as tf
 
-    variables = {  # OpenAI's matrices are [1, n_in, n_out]
-        name: tf.constant(array[None] if name.endswith("/w") else array)
-        for name, array in random_weights(hparams)
-    }
+    arrays = dict(sorted(random_weights(hparams).items()))  # as TensorFlow's Saver sorts them
     tf.raw_ops.SaveV2(
         prefix=str(folder / "model.ckpt"),
-        tensor_names=list(variables),
-        shape_and_slices=[""] * len(variables),
-        tensors=list(variables.values()),
+        tensor_names=list(arrays),
+        shape_and_slices=[""] * len(arrays),
+        tensors=list(arrays.values()),
     )
     (folder / "model.ckpt.meta").touch()
     path.write_text('model_checkpoint_path: "model.ckpt"\n')
@@ -94,8 +87,9 @@ def write_transformers(path, hparams, folder):
     # without an end-of-text token, generation never stops early
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, eos_token_id=None))
     with torch.no_grad():
-        for name, array in random_weights(hparams):
-            model.transformer.get_parameter(torch_name(name)).copy_(torch.from_numpy(array))
+        for name, array in random_weights(hparams).items():
+            parameter = model.transformer.get_parameter(torch_name(name))
+            parameter.copy_(torch.from_numpy(array.reshape(parameter.shape)))
     model.save_pretrained(path)
 
 
@@ -126,9 +120,9 @@ def write_llama_cpp(path, hparams, folder):
     writer.add_token_list([encoder.decoder[i] for i in range(hparams["n_vocab"])])
     writer.add_token_merges([" ".join(pair) for pair in encoder.bpe_ranks])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, hparams["n_layer"])
-    for name, array in random_weights(hparams):
-        # llama.cpp's matrices are [n_out, n_in]
-        array = array.T.copy() if name.endswith("/w") else array
+    for name, array in random_weights(hparams).items():
+        # OpenAI's matrices are [1, n_in, n_out], llama.cpp's are [n_out, n_in]
+        array = array[0].T.copy() if name.endswith("/w") else array
         writer.add_tensor(names.get_name(torch_name(name), (".weight", ".bias")), array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -167,7 +161,6 @@ def load_full_recompute(folder, path):
 def load_weights(folder, generate):
     import utils
 
-    utils.keep_freed_memory()  # as the command line does
     loaded = utils.load_encoder_hparams_and_params(folder.name, str(folder.parent))
     encoder, hparams, params = loaded
     return encoder, lambda ids, n: generate(ids, params, hparams["n_head"], n)

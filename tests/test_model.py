@@ -7,7 +7,8 @@ import runpy
 
 import numpy as np
 import pytest
-from textbook import random_params, textbook_gpt2
+from random_weights import random_params
+from textbook import textbook_gpt2
 
 import gpt2
 
@@ -19,14 +20,23 @@ SHAPES = [  # n_vocab, n_ctx, n_embd, n_layer, n_head, n_seq
 ]
 
 
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
 @pytest.fixture(scope="module")
 def small():
     """params, n_head and token ids of a small random model."""
-    return (
-        random_params(97, 300, 24, 3),
-        4,
-        [int(i) for i in np.random.default_rng(1).integers(0, 97, 280)],
-    )
+    ids = np.random.default_rng(1).integers(0, 97, 280).tolist()
+    return random_params(97, 300, 24, 3), 4, ids
+
+
+def greedy(logits_of, ids, n):
+    """n new ids, each the most likely one by logits_of(ids)[-1], without a cache."""
+    new = []
+    for _ in range(n):
+        new.append(int(np.argmax(logits_of([*ids, *new])[-1])))
+    return new
 
 
 def test_gelu_is_the_tanh_form():
@@ -38,7 +48,7 @@ def test_gelu_is_the_tanh_form():
 
 
 def test_softmax_rows_are_exponentials_that_sum_to_one():
-    x = np.random.default_rng(0).standard_normal((3, 2, 5)).astype(np.float32)
+    x = normal(3, 2, 5)
     e = np.exp(x.astype(np.float64))
     np.testing.assert_allclose(gpt2.softmax(x), e / e.sum(-1, keepdims=True), rtol=1e-5)
 
@@ -48,56 +58,40 @@ def test_softmax_does_not_overflow():
 
 
 def test_layer_norm_gives_mean_b_and_deviation_g():
-    x = np.random.default_rng(0).standard_normal((4, 1000)).astype(np.float32) * 7 + 3
-    y = gpt2.layer_norm(x, np.full(1000, 2, np.float32), np.full(1000, 5, np.float32))
+    y = gpt2.layer_norm(normal(4, 1000) * 7 + 3, np.full(1000, 2.0), np.full(1000, 5.0))
     np.testing.assert_allclose(y.mean(-1), 5, atol=1e-4)
     np.testing.assert_allclose(y.std(-1), 2, atol=1e-4)
 
 
 def test_layer_norm_of_one_row_is_that_of_the_row_among_others():
-    x = np.random.default_rng(0).standard_normal((2, 3, 10)).astype(np.float32)
-    g, b = np.full(10, 2, np.float32), np.full(10, 5, np.float32)
-    np.testing.assert_allclose(
-        gpt2.layer_norm(x, g, b)[1, 2], gpt2.layer_norm(x[1, 2], g, b), rtol=1e-5
-    )
+    x, g, b = normal(2, 3, 10), np.full(10, 2.0), np.full(10, 5.0)
+    np.testing.assert_allclose(gpt2.layer_norm(x, g, b)[1, 2], gpt2.layer_norm(x[1, 2], g, b))
 
 
-def test_layer_norm_adds_eps_to_the_variance():
-    x, one, zero = (
-        np.array([[-1.0, 1.0]], np.float32),
-        np.ones(2, np.float32),
-        np.zeros(2, np.float32),
-    )
-    np.testing.assert_allclose(gpt2.layer_norm(x, one, zero, eps=3.0), [[-0.5, 0.5]])
-    np.testing.assert_allclose(
-        gpt2.layer_norm(x * 1e-3, one, zero), [[-1e-3, 1e-3]] / np.sqrt(1e-6 + 1e-5), rtol=1e-5
-    )
+@pytest.mark.parametrize(("scale", "options"), [(1, {"eps": 3.0}), (1e-3, {})])
+def test_layer_norm_adds_eps_to_the_variance(scale, options):
+    x = scale * np.array([[-1.0, 1.0]])
+    expected = x / np.sqrt(scale**2 + options.get("eps", 1e-5))
+    np.testing.assert_allclose(gpt2.layer_norm(x, np.ones(2), np.zeros(2), **options), expected)
 
 
 def test_linear_multiplies_and_adds():
-    x, w, b = (
-        np.array([[1.0, 2.0]]),
-        np.array([[1.0, 0.0, 2.0], [0.0, 1.0, 3.0]]),
-        np.array([10.0, 20.0, 30.0]),
-    )
+    x, w, b = np.array([[1, 2]]), np.array([[1, 0, 2], [0, 1, 3]]), np.array([10, 20, 30])
     assert gpt2.linear(x, w, b).tolist() == [[11, 22, 38]]
 
 
 def test_ffn_is_gelu_between_two_linear_layers():
-    block = random_params(5, 5, 6, 1)["blocks"][0]["mlp"]
-    x = np.random.default_rng(3).standard_normal((2, 6)).astype(np.float32)
-    hidden = gpt2.gelu(x @ block["c_fc"]["w"] + block["c_fc"]["b"])
-    np.testing.assert_allclose(
-        gpt2.ffn(x, **block), hidden @ block["c_proj"]["w"] + block["c_proj"]["b"], rtol=1e-5
-    )
+    mlp = random_params(5, 5, 6, 1)["blocks"][0]["mlp"]
+    x = normal(2, 6)
+    expected = gpt2.linear(gpt2.gelu(gpt2.linear(x, **mlp["c_fc"])), **mlp["c_proj"])
+    np.testing.assert_allclose(gpt2.ffn(x, **mlp), expected, rtol=1e-5)
 
 
 def test_attention_weighs_values_by_scaled_products_of_queries_and_keys():
-    rng = np.random.default_rng(0)
-    q, k, v = rng.standard_normal((2, 4)), rng.standard_normal((3, 4)), rng.standard_normal((3, 5))
+    q, k, v = normal(2, 4), normal(3, 4, seed=1), normal(3, 5, seed=2)
     weights = np.array([[math.exp(a @ b / 2) for b in k] for a in q])
     expected = weights @ v / weights.sum(1, keepdims=True)
-    np.testing.assert_allclose(gpt2.attention(q, k, v, np.zeros((2, 3))), expected)
+    np.testing.assert_allclose(gpt2.attention(q, k, v, np.zeros((2, 3))), expected, rtol=1e-5)
 
 
 def test_attention_sees_nothing_that_is_masked():
@@ -106,17 +100,10 @@ def test_attention_sees_nothing_that_is_masked():
 
 
 def test_attention_handles_each_head_separately():
-    rng = np.random.default_rng(0)
-    q, k, v = (
-        rng.standard_normal((3, 2, 4)),
-        rng.standard_normal((3, 5, 4)),
-        rng.standard_normal((3, 5, 6)),
-    )
-    together = gpt2.attention(q, k, v, np.zeros((2, 5)))
+    q, k, v, mask = normal(3, 2, 4), normal(3, 5, 4), normal(3, 5, 6), np.zeros((2, 5))
+    together = gpt2.attention(q, k, v, mask)
     for head in range(3):
-        np.testing.assert_allclose(
-            together[head], gpt2.attention(q[head], k[head], v[head], np.zeros((2, 5)))
-        )
+        np.testing.assert_allclose(together[head], gpt2.attention(q[head], k[head], v[head], mask))
 
 
 @pytest.mark.parametrize(("n_vocab", "n_ctx", "n_embd", "n_layer", "n_head", "n_seq"), SHAPES)
@@ -146,17 +133,8 @@ def test_everything_is_float32(small, monkeypatch):
 
         return spy
 
-    for name in (
-        "gelu",
-        "softmax",
-        "layer_norm",
-        "linear",
-        "ffn",
-        "attention",
-        "mha",
-        "transformer_block",
-        "gpt2",
-    ):
+    blocks = ("gelu", "softmax", "layer_norm", "linear", "ffn", "attention", "mha")
+    for name in (*blocks, "transformer_block", "gpt2"):
         monkeypatch.setattr(gpt2, name, spy_on(getattr(gpt2, name)))
     gpt2.gpt2(ids, **params, n_head=n_head)
     gpt2.generate(ids, params, n_head, 2)
@@ -167,20 +145,16 @@ def test_everything_is_float32(small, monkeypatch):
 @pytest.mark.parametrize("n_seq", [1, 5, 20])
 def test_generated_tokens_are_the_textbooks_most_likely(small, n_seq):
     params, n_head, ids = small
-    expected = ids[:n_seq]
-    for _ in range(6):
-        expected = [*expected, int(np.argmax(textbook_gpt2(expected, params, n_head)[-1]))]
-    assert gpt2.generate(ids[:n_seq], params, n_head, 6) == expected[n_seq:]
+    expected = greedy(lambda ids: textbook_gpt2(ids, params, n_head), ids[:n_seq], 6)
+    assert gpt2.generate(ids[:n_seq], params, n_head, 6) == expected
 
 
 @pytest.mark.parametrize("n_seq", [6, 7, 8, 50])
 def test_a_prompt_in_pieces_gives_the_tokens_of_one_taken_whole(small, n_seq, monkeypatch):
     monkeypatch.setattr(gpt2, "PREFILL_PIECE", 7)
     params, n_head, ids = small
-    expected = ids[:n_seq]
-    for _ in range(10):
-        expected = [*expected, int(np.argmax(gpt2.gpt2(expected, **params, n_head=n_head)[-1]))]
-    assert gpt2.generate(ids[:n_seq], params, n_head, 10) == expected[n_seq:]
+    expected = greedy(lambda ids: gpt2.gpt2(ids, **params, n_head=n_head), ids[:n_seq], 10)
+    assert gpt2.generate(ids[:n_seq], params, n_head, 10) == expected
 
 
 def test_cached_logits_are_the_uncached_ones(small):
@@ -192,20 +166,7 @@ def test_cached_logits_are_the_uncached_ones(small):
     np.testing.assert_allclose(last[0], gpt2.gpt2(ids[:50], **params, n_head=n_head)[-1], atol=1e-5)
 
 
-def test_the_cache_is_as_long_as_is_needed(small, monkeypatch):
-    params, n_head, ids = small
-    shapes = set()
-
-    def spy(*args, kvcache, **kwargs):
-        shapes.add(kvcache.base.shape)
-        return np.zeros((1, 97), np.float32)
-
-    monkeypatch.setattr(gpt2, "gpt2", spy)
-    gpt2.generate(ids[:7], params, n_head, 5)
-    assert shapes == {(3, 2, n_head, 7 + 5, 6)}
-
-
-def test_of_equal_logits_the_first_wins():
+def test_the_lowest_id_wins_a_tie():
     params = random_params(20, 8, 4, 1)
     params["wte"][:] = params["wte"][0]
     assert gpt2.generate([5], params, 1, 3) == [0, 0, 0]
@@ -218,26 +179,6 @@ def test_generate_returns_ints_and_changes_neither_inputs_nor_weights(small):
     assert inputs == ids[:4]
     assert [type(i) for i in new] == [int, int, int]
     np.testing.assert_equal(params, before)
-
-
-def test_the_forward_pass_accepts_read_only_weights(small):
-    params, n_head, ids = small
-
-    def frozen(value):
-        if isinstance(value, np.ndarray):
-            value = value.view()
-            value.flags.writeable = False
-            return value
-        return (
-            {k: frozen(v) for k, v in value.items()}
-            if isinstance(value, dict)
-            else [frozen(v) for v in value]
-        )
-
-    np.testing.assert_array_equal(
-        gpt2.gpt2(ids[:9], **frozen(params), n_head=n_head),
-        gpt2.gpt2(ids[:9], **params, n_head=n_head),
-    )
 
 
 def test_the_whole_context_may_be_used_and_no_token_more(small):
@@ -256,37 +197,17 @@ def test_a_token_beyond_the_context_is_refused(small, n_past):
         gpt2.gpt2(inputs, **params, n_head=n_head, kvcache=kvcache if n_past else None)
 
 
-def test_asking_for_zero_tokens_returns_an_empty_list(small):
-    params, n_head, ids = small
-    assert gpt2.generate(ids[:3], params, n_head, 0) == []
-
-
-@pytest.mark.parametrize("count", [-1, 2.0, "3", True, None])
+@pytest.mark.parametrize("count", [-1, 2.0, "three", None])
 def test_a_count_that_is_no_whole_number_is_refused(small, count):
     params, n_head, ids = small
     with pytest.raises(ValueError, match="whole number"):
         gpt2.generate(ids[:3], params, n_head, count)
 
 
-@pytest.mark.parametrize("integer", [np.int64, np.uint8])
-def test_the_count_may_be_a_numpy_integer(small, integer):
+def test_the_count_may_be_a_numpy_integer(small):
     params, n_head, ids = small
     expected = gpt2.generate(ids[:250], params, n_head, 10)
-    assert gpt2.generate(ids[:250], params, n_head, integer(10)) == expected
-
-
-def test_no_input_is_refused(small):
-    params, n_head, _ = small
-    with pytest.raises(ValueError, match="0 tokens"):
-        gpt2.generate([], params, n_head, 3)
-
-
-def test_generation_shows_its_progress_on_stderr_alone(small, capsys):
-    params, n_head, ids = small
-    gpt2.generate(ids[:3], params, n_head, 2)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "2/2" in err
+    assert gpt2.generate(ids[:250], params, n_head, np.uint8(10)) == expected
 
 
 def test_with_jax_for_numpy_it_gives_the_same_logits_jits_and_differentiates(small, tmp_path):
@@ -294,29 +215,25 @@ def test_with_jax_for_numpy_it_gives_the_same_logits_jits_and_differentiates(sma
     params, n_head, ids = small
     source = pathlib.Path(gpt2.__file__).read_text(encoding="utf-8")
     assert "import numpy as np" in source
-    (tmp_path / "gpt2_on_jax.py").write_text(
-        source.replace("import numpy as np", "import jax.numpy as np")
-    )
-    on_jax = runpy.run_path(tmp_path / "gpt2_on_jax.py")
+    file = tmp_path / "gpt2_on_jax.py"
+    file.write_text(source.replace("import numpy as np", "import jax.numpy as np"))
+    on_jax = runpy.run_path(file)["gpt2"]
     jax_params = jax.tree.map(jax.numpy.asarray, params)
     inputs, targets = jax.numpy.asarray(ids[:12]), jax.numpy.asarray(ids[1:13])
 
     expected = gpt2.gpt2(ids[:12], **params, n_head=n_head)
-    np.testing.assert_allclose(
-        on_jax["gpt2"](inputs, **jax_params, n_head=n_head), expected, atol=1e-4
-    )
-    np.testing.assert_allclose(
-        on_jax["gpt2"](ids[:12], **jax_params, n_head=n_head), expected, atol=1e-4
-    )
-    jitted = jax.jit(on_jax["gpt2"], static_argnames="n_head")
-    np.testing.assert_allclose(jitted(inputs, **jax_params, n_head=n_head), expected, atol=1e-4)
+    jitted = jax.jit(on_jax, static_argnames="n_head")
+    for function, tokens in ((on_jax, ids[:12]), (on_jax, inputs), (jitted, inputs)):
+        logits = function(tokens, **jax_params, n_head=n_head)
+        assert logits.dtype == np.float32
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
 
     def loss(p):
-        scores = jax.nn.log_softmax(on_jax["gpt2"](inputs, **p, n_head=n_head))
+        scores = jax.nn.log_softmax(on_jax(inputs, **p, n_head=n_head))
         return -scores[jax.numpy.arange(12), targets].mean()
 
     gradient = jax.grad(loss)(jax_params)
     step = 1e-2  # of this length, against the gradient, lowers the loss by step times its norm
-    slope = sum(float((g**2).sum()) for g in jax.tree.leaves(gradient))
-    lower = loss(jax.tree.map(lambda p, g: p - step / slope**0.5 * g, jax_params, gradient))
-    assert lower - loss(jax_params) == pytest.approx(-step * slope**0.5, rel=0.1)
+    norm = sum(float((g**2).sum()) for g in jax.tree.leaves(gradient)) ** 0.5
+    lower = loss(jax.tree.map(lambda p, g: p - step / norm * g, jax_params, gradient))
+    assert lower - loss(jax_params) == pytest.approx(-step * norm, rel=0.1)

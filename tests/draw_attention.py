@@ -1,0 +1,60 @@
+"""Draw the README's picture of attention: `python tests/draw_attention.py [FILE.png]`.
+
+Runs the toy model on one line of its poem, and shows the attention weights of the four heads of the
+second layer. Needs Matplotlib.
+"""
+
+import pathlib
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import gpt2
+from utils import load_encoder_hparams_and_params
+
+TEXT = "One, two! One, two! And through and through"
+LAYER = 1
+
+
+def attention_weights(ids, params, n_head):
+    """The results of softmax, an array [n_head, n_seq, n_seq] for each layer."""
+    softmax = gpt2.softmax
+    weights = []
+
+    def recorded_softmax(scores):
+        weights.append(softmax(scores))
+        return weights[-1]
+
+    gpt2.softmax = recorded_softmax
+    gpt2.gpt2(ids, **params, n_head=n_head)
+    gpt2.softmax = softmax
+    return weights
+
+
+def draw(weights, tokens, file):
+    figure, axes = plt.subplots(2, 2, figsize=(9, 9), layout="constrained")
+    for head, axis in enumerate(axes.flat):
+        axis.imshow(weights[head], cmap="Blues", vmin=0, vmax=1)
+        axis.set_title(f"head {head}")
+        axis.set_xticks(range(len(tokens)), tokens, rotation=90)
+        axis.set_yticks(range(len(tokens)), tokens)
+    figure.supxlabel("keys: the tokens that are looked at")
+    figure.supylabel("queries: the tokens that look")
+    figure.savefig(file, dpi=75)
+
+
+def main(file=HERE / "attention.png"):
+    encoder, hparams, params = load_encoder_hparams_and_params("124M", HERE / "models")
+    ids = encoder.encode(TEXT)
+    weights = attention_weights(ids, params, hparams["n_head"])
+    draw(weights[LAYER], [encoder.decode([i]).strip() for i in ids], file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -20,7 +20,8 @@ import regex
 # " ?\p{N}+"                digits, with the space before them, if any
 # " ?[^\s\p{L}\p{N}]+"      other symbols, with the space before them, if any
 # "\s+(?!\S)"               whitespace, but not its last character if a word follows
-# "\s+"                     that last character, unless it is a space, which goes with the next word
+# "\s+"                     that last character, unless a word has taken it, as it takes a space:
+#                          "a\n\nb" is "a", "\n", "\n", "b", but "a  b" is "a", " ", " b"
 PATTERN = regex.compile(r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
@@ -80,7 +81,8 @@ class Encoder:
         """Split a word into tokens, separated by spaces: "Ġlower" -> "Ġlow er".
 
         While any two adjacent symbols can be merged, merge the pair that was learned first (the one
-        with the lowest rank) wherever it occurs, from left to right.
+        with the lowest rank) wherever it occurs, from left to right. token: the word's bytes, as
+        `bytes_to_unicode` characters, none of which is a space.
         """
         symbols = list(token)
         while pairs := [pair for pair in itertools.pairwise(symbols) if pair in self.bpe_ranks]:
@@ -97,7 +99,8 @@ class Encoder:
     def encode(self, text):
         """Text -> list of token ids. `<|endoftext|>` is treated as text, not as the special token.
 
-        An unpaired surrogate, half of a UTF-16 character, becomes U+FFFD.
+        A lone surrogate (Python's form of a byte that is not UTF-8, as on the command line) becomes
+        U+FFFD; a pair of them becomes the character for which it stands in UTF-16.
         """
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = []
@@ -118,15 +121,16 @@ class Encoder:
 def get_encoder(model_name, models_dir):
     """Build the Encoder from <models_dir>/<model_name>/encoder.json and vocab.bpe.
 
-    Raises ValueError if the files do not match or are damaged, OSError if one cannot be read.
+    Raises ValueError or TypeError if the files do not match or are damaged, OSError if one cannot
+    be read.
     """
     with open(os.path.join(models_dir, model_name, "encoder.json"), encoding="utf-8") as file:
         encoder = json.load(file)
     with open(os.path.join(models_dir, model_name, "vocab.bpe"), encoding="utf-8") as file:
         _version, *lines = file.read().splitlines()
-    merges = [(first, second) for first, second in map(str.split, lines)]
+    merges = [(first, second) for first, second in map(str.split, lines)]  # two on each line
     expected = {*bytes_to_unicode().values(), *map("".join, merges), "<|endoftext|>"}
-    if encoder.keys() != expected:
+    if set(encoder) != expected:
         raise ValueError("encoder.json and vocab.bpe have different tokens")
     if set(encoder.values()) != set(range(len(encoder))):
         raise ValueError("the ids in encoder.json are not 0, 1, 2, ...")

@@ -2,7 +2,8 @@
 
 The model is the one described in "Language Models are Unsupervised Multitask Learners" (Radford
 et al. 2019) and implemented in OpenAI's src/model.py. Weights and activations are float32. Between
-layers, x has one row per token: [n_seq, n_embd].
+layers, x has a row of n_embd numbers for each of n_seq tokens: [n_seq, n_embd]. The vocabulary has
+n_vocab tokens, and the context, which is the longest text that the model can read, n_ctx.
 """
 
 import numpy as np
@@ -16,7 +17,7 @@ def gelu(x):
 
     The tanh approximation of "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016), section 2.
     """
-    # ** 0.5 and not np.sqrt, whose float64 scalar would make the whole result float64 in NumPy 2
+    # ** 0.5, because np.sqrt would return a float64 scalar, which turns the result into float64
     return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x * x * x)))
 
 
@@ -38,7 +39,10 @@ def layer_norm(x, g, b, eps=1e-5):
 
 
 def linear(x, w, b):
-    """Apply a linear layer: x [n_seq, n_in], w [n_in, n_out], b [n_out] -> [n_seq, n_out]."""
+    """Apply a linear layer: x [n_seq, n_in], w [n_in, n_out], b [n_out] -> [n_seq, n_out].
+
+    OpenAI wrote it as a convolution of width 1: hence the "c" in c_fc, c_attn and c_proj.
+    """
     return x @ w + b
 
 
@@ -56,8 +60,8 @@ def attention(q, k, v, mask):
     """Scaled dot-product attention: each query gets an average of the values, weighted by how well
     the query matches their keys.
 
-    A token's query is what it looks for, its key is what others find it by, and its value is what
-    it passes on to those that find it.
+    A token's query is what it looks for, its key is how others find it, and its value is what it
+    passes on to those that find it.
 
     q [..., n_q, d_k], k [..., n_k, d_k], v [..., n_k, d_v], mask [n_q, n_k] -> [..., n_q, d_v].
     The mask is added to the scores: 0 keeps a key, -1e10 hides it.
@@ -65,8 +69,8 @@ def attention(q, k, v, mask):
     The scores are divided by sqrt(d_k), because dot products grow with d_k, and large scores would
     make softmax put nearly all its weight on one key. Vaswani et al. 2017, section 3.2.1.
     """
-    # scale q, which is usually smaller than the scores: [..., n_q, d_k] @ [..., d_k, n_k]
-    scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2)  # -> [..., n_q, n_k]
+    # [..., n_q, d_k] @ [..., d_k, n_k] -> [..., n_q, n_k]; q usually has fewer elements to divide
+    scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2)
     return softmax(scores + mask) @ v  # [..., n_q, n_k] @ [..., n_k, d_v] -> [..., n_q, d_v]
 
 
@@ -75,8 +79,8 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None):
     before it, in n_head heads of n_embd/n_head dimensions each.
 
     [n_seq, n_embd] -> [n_seq, n_embd]. Vaswani et al. 2017, section 3.2.2.
-    kvcache: float32 [2, n_head, n_past + n_seq, n_embd/n_head], keys and values. The first n_past
-    positions hold those of earlier tokens; those of x are written to the last n_seq, in place.
+    kvcache: float32 [2, n_head, n_past + n_seq, n_embd/n_head]. Its first n_past positions hold
+    the keys and values of earlier tokens; mha writes those of x to the last n_seq, in place.
     """
     n_seq, n_embd = x.shape
     # project to queries, keys and values: [n_seq, n_embd] -> [n_seq, 3*n_embd]
@@ -94,8 +98,8 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None):
         kvcache[:, :, n_past:] = qkv[1:]  # the new keys and values
         k, v = kvcache  # all of them: each [n_head, n_past + n_seq, n_embd/n_head]
 
-    # causal mask, [n_seq, n_past + n_seq]: 0 for the keys up to the query's own position, where
-    # np.tri is 1, and -1e10 for later ones. There are none for a single new token: all zeros
+    # causal mask, [n_seq, n_past + n_seq]: 0 for the keys up to a query's own position, for which
+    # np.tri is 1, and -1e10 for later ones. A single new token has no later keys: all zeros
     mask = (1 - np.tri(n_seq, n_past + n_seq, n_past, np.float32)) * -1e10
 
     heads = attention(q, k, v, mask)  # [n_head, n_seq, n_embd/n_head]
@@ -107,8 +111,8 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None):
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kvcache=None):
     """One layer: attention moves information between tokens, then ffn processes each of them.
 
-    [n_seq, n_embd] -> [n_seq, n_embd]. Both are pre-norm (their input is normalized) and have a
-    residual connection (their output is added to x). Radford et al. 2019, section 2.3.
+    [n_seq, n_embd] -> [n_seq, n_embd]. Both sublayers are pre-norm (their input is normalized) and
+    have a residual connection (their output is added to x). Radford et al. 2019, section 2.3.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kvcache=kvcache)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -117,7 +121,7 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kvcache=None):
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None):
     """The model: token ids [n_seq] -> logits [n_seq, n_vocab]; with a kvcache, only the last row.
 
-    Row i scores every token of the vocabulary as the successor of inputs[: i + 1].
+    Row i has a score for each token of the vocabulary, as the next one after inputs[: i + 1].
 
     The weights are passed as **params, a tree of float32 arrays:
 
@@ -134,10 +138,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None):
                 c_proj  w [4*n_embd, n_embd], b [n_embd]      projection back down
         ln_f            g [n_embd], b [n_embd]                final layer norm
 
-    ("c" is for convolution: OpenAI wrote the linear layers as convolutions of width 1.)
-
     kvcache: float32 [n_layer, 2, n_head, n_past + n_seq, n_embd/n_head], a cache per layer as in
-    `mha`. The inputs then follow n_past earlier tokens: n_past is its length minus n_seq.
+    `mha`. The inputs then follow n_past earlier tokens, so n_past is kvcache.shape[3] - n_seq.
     Raises IndexError for an id >= n_vocab and for more than n_ctx tokens in total.
     """
     inputs = np.asarray(inputs)
@@ -149,11 +151,11 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None):
     for block, layer_cache in zip(blocks, layer_caches, strict=True):
         x = transformer_block(x, **block, n_head=n_head, kvcache=layer_cache)
 
-    x = x if kvcache is None else x[-1:]  # generation needs only the last row: [1, n_embd]
-    # tied embeddings: wte embeds the inputs and also scores the outputs, by their similarity to x.
+    first_row = 0 if kvcache is None else -1  # generation needs only the last row
+    # tied embeddings: the row of wte that embeds a token also scores it, by its dot product with x.
     # "Using the Output Embedding to Improve Language Models" (Press and Wolf 2017)
     # [n_seq, n_embd] @ [n_embd, n_vocab] -> [n_seq, n_vocab]; with a cache, [1, n_vocab]
-    return layer_norm(x, **ln_f) @ wte.T
+    return layer_norm(x[first_row:], **ln_f) @ wte.T
 
 
 # How many tokens of a prompt run through the model at once. With fewer, matrix products are slower;
@@ -183,7 +185,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
         for start in range(n_past, len(ids), PREFILL_PIECE):
             piece = ids[start : start + PREFILL_PIECE]
             end = start + len(piece)
-            # the length of the cache tells gpt2 the positions of the new tokens: the last ones
+            # from the length of the cache, gpt2 infers the positions of the piece: the last ones
             logits = gpt2(piece, **params, n_head=n_head, kvcache=cache[:, :, :, :end])
         n_past = len(ids)
         ids.append(int(np.argmax(logits[-1])))  # [1, n_vocab] -> the next id
@@ -194,7 +196,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
     """Continue a text with GPT-2.
 
     Args:
-        prompt: the text to continue; an empty one lets the model begin a text.
+        prompt: the text to continue; if it is empty, the model begins a new text.
         n_tokens_to_generate: how many tokens to add; with those of the prompt, at most 1024.
         model_size: 124M, 355M, 774M or 1558M; downloaded when first used.
         models_dir: where the models are kept, each in a folder named after its size.

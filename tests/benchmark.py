@@ -76,15 +76,9 @@ def torch_name(name):
 def write_checkpoint(path, hparams, folder):
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
-    import tensorflow as tf
+    from random_weights import save
 
-    arrays = dict(sorted(random_weights(hparams).items()))  # as TensorFlow's Saver sorts them
-    tf.raw_ops.SaveV2(
-        prefix=str(folder / "model.ckpt"),
-        tensor_names=list(arrays),
-        shape_and_slices=[""] * len(arrays),
-        tensors=list(arrays.values()),
-    )
+    save(folder / "model.ckpt", dict(sorted(random_weights(hparams).items())))
     (folder / "model.ckpt.meta").touch()
     path.write_text('model_checkpoint_path: "model.ckpt"\n')
 

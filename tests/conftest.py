@@ -23,13 +23,8 @@ def toy(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def run():
-    """run(*arguments) runs `python *arguments` in the project's folder, as subprocess.run does."""
-
-    def run(*arguments, **options):
-        options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120, **options}
-        options["env"] = {**os.environ, **options.get("env", {})}
-        return subprocess.run([sys.executable, *arguments], check=False, **options)
-
-    return run
+def run(*arguments, **options):
+    """Run `python *arguments` in the project's folder, as subprocess.run does."""
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120, **options}
+    options["env"] = {**os.environ, **options.get("env", {})}
+    return subprocess.run([sys.executable, *arguments], check=False, **options)

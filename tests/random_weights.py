@@ -1,4 +1,4 @@
-"""Random weights in the shape of GPT-2's, for the tests and the benchmark."""
+"""Random weights in the shape of GPT-2's, and checkpoints, for the tests and the benchmark."""
 
 import numpy as np
 
@@ -40,3 +40,16 @@ def variables(params, prefix="model"):
         else:
             flat[f"{prefix}/{name}"] = value[None] if name == "w" else value
     return flat
+
+
+def save(prefix, values):
+    """Write {variable: value} as a TensorFlow checkpoint, in this order. Returns the prefix.
+
+    This is the operation that TensorFlow's Saver uses, which sorts the variables by their names.
+    """
+    import tensorflow as tf
+
+    no_slices = [""] * len(values)
+    arrays = {"tensor_names": list(values), "tensors": list(values.values())}
+    tf.raw_ops.SaveV2(prefix=str(prefix), shape_and_slices=no_slices, **arrays)
+    return str(prefix)

@@ -30,6 +30,19 @@ def test_an_anchor_is_a_heading(anchor):
     assert anchor in [heading.lower().replace(" ", "-") for heading in headings]
 
 
+def test_the_toy_prints_what_the_readme_shows():
+    assert gpt2.main("Twas brillig, and the slithy", models_dir=TOY) in README
+
+
+def test_the_table_of_sizes_has_the_right_numbers_of_parameters():
+    rows = re.findall(r"^\| \d+M \| ([\d,]+) \| (\d+) \| \d+ \| (\d+) \|", README, re.MULTILINE)
+    assert len(rows) == 4
+    for parameters, n_layer, n_embd in rows:
+        layers, n = int(n_layer), int(n_embd)
+        expected = layers * (12 * n * n + 13 * n) + (50257 + 1024) * n + 2 * n
+        assert int(parameters.replace(",", "")) == expected
+
+
 def test_each_function_of_the_model_is_linked():
     source = (ROOT / "gpt2.py").read_text(encoding="utf-8")
     linked = {text for text, path, line in LINKS if path == "gpt2.py" and line}
@@ -64,7 +77,7 @@ def test_the_messages_are_those_that_the_readme_explains(toy, tmp_path, monkeypa
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     (toy / "124M" / "hparams.json").write_text("")
     mistakes = {
-        "cannot download ... (": lambda: gpt2.main("Twas", 40, "124M", tmp_path / "new"),
+        "cannot download": lambda: gpt2.main("Twas", 40, "124M", tmp_path / "new"),
         "cannot read": lambda: gpt2.main("Twas", 40, "124M", toy),
         "model_size": lambda: gpt2.main("Twas", 40, "125M"),
         "301 prompt tokens": lambda: gpt2.main("and " * 300, 40, "124M", TOY),

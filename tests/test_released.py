@@ -13,25 +13,10 @@ SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
+# in the order of utils.FILES
 BYTES = {
-    "124M": {
-        "checkpoint": 77,
-        "encoder.json": 1_042_301,
-        "hparams.json": 90,
-        "model.ckpt.data-00000-of-00001": 497_759_232,
-        "model.ckpt.index": 5_215,
-        "model.ckpt.meta": 471_155,
-        "vocab.bpe": 456_318,
-    },
-    "355M": {
-        "checkpoint": 77,
-        "encoder.json": 1_042_301,
-        "hparams.json": 91,
-        "model.ckpt.data-00000-of-00001": 1_419_292_672,
-        "model.ckpt.index": 10_399,
-        "model.ckpt.meta": 926_519,
-        "vocab.bpe": 456_318,
-    },
+    "124M": [1_042_301, 90, 456_318, 77, 471_155, 497_759_232, 5_215],
+    "355M": [1_042_301, 91, 456_318, 77, 926_519, 1_419_292_672, 10_399],
 }
 PROMPT = "Alan Turing theorized that computers would one day become"
 CONTINUATION = (  # picoGPT's published result for these weights, this prompt and 40 tokens
@@ -52,7 +37,7 @@ def folder(size):
 @pytest.mark.parametrize("size", BYTES)
 def test_the_files_have_the_sizes_of_the_released_ones(size):
     path = folder(size)
-    assert {name: os.path.getsize(path / name) for name in utils.FILES} == BYTES[size]
+    assert [os.path.getsize(path / name) for name in utils.FILES] == BYTES[size]
 
 
 @pytest.mark.parametrize("name", SHA256)

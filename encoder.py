@@ -20,8 +20,8 @@ import regex
 # " ?\p{N}+"                digits, with the space before them, if any
 # " ?[^\s\p{L}\p{N}]+"      other symbols, with the space before them, if any
 # "\s+(?!\S)"               whitespace, but not its last character if a word follows
-# "\s+"                     that last character, unless a word has taken it, as it takes a space:
-#                          "a\n\nb" is "a", "\n", "\n", "b", but "a  b" is "a", " ", " b"
+# "\s+"                     that last character, unless it is a space, which the word has taken:
+#                           "a\n\nb" is "a", "\n", "\n", "b", but "a  b" is "a", " ", " b"
 PATTERN = regex.compile(r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
@@ -90,7 +90,7 @@ class Encoder:
             merged = []
             for symbol in symbols:
                 if merged and (merged[-1], symbol) == best_pair:
-                    merged[-1] += symbol
+                    merged[-1] += symbol  # now longer than best_pair[0], so it cannot match again
                 else:
                     merged.append(symbol)
             symbols = merged
@@ -99,8 +99,8 @@ class Encoder:
     def encode(self, text):
         """Text -> list of token ids. `<|endoftext|>` is treated as text, not as the special token.
 
-        A lone surrogate (Python's form of a byte that is not UTF-8, as on the command line) becomes
-        U+FFFD; a pair of them becomes the character for which it stands in UTF-16.
+        A surrogate pair becomes the character that it encodes in UTF-16. A lone surrogate (such as
+        Python's stand-in for a byte of the command line that is not UTF-8) becomes U+FFFD.
         """
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = []

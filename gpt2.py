@@ -3,7 +3,7 @@
 The model is the one described in "Language Models are Unsupervised Multitask Learners" (Radford
 et al. 2019) and implemented in OpenAI's src/model.py. Weights and activations are float32. Between
 layers, x has a row of n_embd numbers for each of n_seq tokens: [n_seq, n_embd]. The vocabulary has
-n_vocab tokens, and the context, which is the longest text that the model can read, n_ctx.
+n_vocab tokens; the context length, n_ctx, is the maximum number of tokens the model can process.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ def gelu(x):
 
     The tanh approximation of "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016), section 2.
     """
-    # ** 0.5, because np.sqrt would return a float64 scalar, which turns the result into float64
+    # ** 0.5 gives a Python float; np.sqrt would give an np.float64, to which NumPy 2 promotes x
     return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x * x * x)))
 
 
@@ -69,7 +69,8 @@ def attention(q, k, v, mask):
     The scores are divided by sqrt(d_k), because dot products grow with d_k, and large scores would
     make softmax put nearly all its weight on one key. Vaswani et al. 2017, section 3.2.1.
     """
-    # [..., n_q, d_k] @ [..., d_k, n_k] -> [..., n_q, n_k]; q usually has fewer elements to divide
+    # scaling q instead of the scores is equivalent and usually cheaper
+    # [..., n_q, d_k] @ [..., d_k, n_k] -> [..., n_q, n_k]
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2)
     return softmax(scores + mask) @ v  # [..., n_q, n_k] @ [..., n_k, d_v] -> [..., n_q, d_v]
 
@@ -79,8 +80,8 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None):
     before it, in n_head heads of n_embd/n_head dimensions each.
 
     [n_seq, n_embd] -> [n_seq, n_embd]. Vaswani et al. 2017, section 3.2.2.
-    kvcache: float32 [2, n_head, n_past + n_seq, n_embd/n_head]. Its first n_past positions hold
-    the keys and values of earlier tokens; mha writes those of x to the last n_seq, in place.
+    kvcache: float32 [2, n_head, n_past + n_seq, n_embd/n_head], the keys and the values. The first
+    n_past positions belong to earlier tokens; mha fills in the last n_seq, those of x, in place.
     """
     n_seq, n_embd = x.shape
     # project to queries, keys and values: [n_seq, n_embd] -> [n_seq, 3*n_embd]
@@ -98,8 +99,8 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None):
         kvcache[:, :, n_past:] = qkv[1:]  # the new keys and values
         k, v = kvcache  # all of them: each [n_head, n_past + n_seq, n_embd/n_head]
 
-    # causal mask, [n_seq, n_past + n_seq]: 0 for the keys up to a query's own position, for which
-    # np.tri is 1, and -1e10 for later ones. A single new token has no later keys: all zeros
+    # causal mask, [n_seq, n_past + n_seq]: query i, at position n_past + i, may attend to the keys
+    # up to that position, where np.tri is 1. For a single new token, those are all: no -1e10
     mask = (1 - np.tri(n_seq, n_past + n_seq, n_past, np.float32)) * -1e10
 
     heads = attention(q, k, v, mask)  # [n_head, n_seq, n_embd/n_head]
@@ -185,7 +186,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
         for start in range(n_past, len(ids), PREFILL_PIECE):
             piece = ids[start : start + PREFILL_PIECE]
             end = start + len(piece)
-            # from the length of the cache, gpt2 infers the positions of the piece: the last ones
+            # the slice of the cache ends with the piece: that tells gpt2 the piece's positions
             logits = gpt2(piece, **params, n_head=n_head, kvcache=cache[:, :, :, :end])
         n_past = len(ids)
         ids.append(int(np.argmax(logits[-1])))  # [1, n_vocab] -> the next id

@@ -1,7 +1,7 @@
-"""Everything around the model: download, checkpoint, command line, arguments.
+"""Everything around the model: errors, download, checkpoint, command line, arguments.
 
-`load_encoder_hparams_and_params` comes first, as the table of contents. The functions it calls
-follow in the order of the calls.
+`load_encoder_hparams_and_params` is the entry point. What it calls follows, in the order of the
+calls; the last two sections serve gpt2.py.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ def damage_reported(path, errors=(ValueError, TypeError, AttributeError, LookupE
 SIZES = ("124M", "355M", "774M", "1558M")
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 DATA = ".data-00000-of-00001"
-# in the order of the download
+# in download order; the index comes last, so a checkpoint that has one is complete
 FILES = ["encoder.json", "hparams.json", "vocab.bpe", "checkpoint"]
 FILES += ["model.ckpt.meta", f"model.ckpt{DATA}", "model.ckpt.index"]
 TOY = 'try the toy model offline: python gpt2.py "Twas brillig" --models_dir tests/models'
@@ -140,8 +140,8 @@ def fetch_rest(url, part):
         # a compressed file could not be resumed
         headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}
         with requests.get(url, headers=headers, stream=True, timeout=(5, 10)) as reply:  # seconds
-            if reply.status_code == 416:  # the partial file is longer than the file
-                os.remove(part)  # the next attempt starts over
+            if reply.status_code == 416:  # the partial file is longer than the file, so start over:
+                os.remove(part)  # check_reply raises OSError, and download_file tries again
             check_reply(reply, start)
             write_body(reply, file, start if reply.status_code == 206 else 0)
 
@@ -169,7 +169,7 @@ def write_body(reply, file, start):
     """
     header = reply.headers.get("Content-Range") or reply.headers.get("Content-Length", "")
     total = int(re.search(r"\d{0,15}$", header)[0] or 0)  # the 10 of "bytes 5-9/10" or of "10"
-    with tqdm(desc=file.name, total=total, initial=start, unit="B", unit_scale=True) as bar:
+    with tqdm(total=total, initial=start, unit="B", unit_scale=True) as bar:
         file.seek(start)
         for piece in reply.iter_content(8192):
             bar.update(file.write(piece))
@@ -191,21 +191,22 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     Raises UserError if the checkpoint is damaged or has other sizes than hparams, OSError if it
     cannot be opened.
 
-    In practice, the data file is all arrays back to back, so it can be memory-mapped, which takes
-    no time and no memory of its own. But no specification says so. Therefore, the first run also
-    reads each array with TensorFlow and compares. If all are equal, it saves a note with their
-    shapes and a fingerprint of the checkpoint. As long as that matches, TensorFlow is not needed.
+    In practice, the data file is all arrays back to back, sorted by name, so it can be memory-
+    mapped, which takes no time and no memory of its own. But no specification says so. Therefore,
+    the first run also reads each array with TensorFlow and compares. If all are equal, it saves a
+    note with their shapes and a fingerprint of the checkpoint. As long as that matches, TensorFlow
+    is not needed.
     (Damage that leaves size and modification time unchanged goes unnoticed.) A file that has more
     than GPT-2's arrays, such as an optimizer's, is read with TensorFlow every time.
 
     The arrays can be changed: the map is copy-on-write, so the file stays as it is.
     """
     keep_freed_memory()
-    open(f"{tf_ckpt_path}.index", "rb").close()  # if that is impossible, OSError says why
+    open(f"{tf_ckpt_path}.index", "rb").close()  # raises OSError here: below, it would be hidden
     try:
         note = json.loads(pathlib.Path(f"{tf_ckpt_path}.mapped").read_text("utf-8"))
         arrays = map_arrays(tf_ckpt_path, note[fingerprint(tf_ckpt_path)])
-    except (OSError, ValueError, TypeError, AttributeError, LookupError):  # no note about it
+    except (OSError, ValueError, TypeError, AttributeError, LookupError):  # no note that matches
         arrays = read_with_tensorflow(tf_ckpt_path)
     with damage_reported(f"{tf_ckpt_path} or hparams.json"):
         params = nest(arrays)
@@ -282,8 +283,9 @@ def gpt2_shapes(variables):
 
 
 def nest(arrays):
-    """Nest arrays by the parts of their names: {"model/h0/attn/c_attn/w": array}, for instance,
-    becomes {"blocks": [{"attn": {"c_attn": {"w": array}}}]}.
+    """Build the tree of params from {name: array}.
+
+    For instance, "model/h0/attn/c_attn/w" becomes params["blocks"][0]["attn"]["c_attn"]["w"].
     """
     params = {}
     for name, array in arrays.items():
@@ -330,7 +332,7 @@ def call(main, arguments):
     if {"-h", "--help"} & set(arguments):
         return fire.helptext.HelpText(main, trace=fire.trace.FireTrace(main, name="gpt2.py"))
     check_options(arguments)
-    # Fire calls a function before it finds extra arguments, so this one only records the values
+    # Fire finds extra arguments only after the call, so let it call a stub that records the values
     calls = []
     record = functools.wraps(main)(lambda *values: calls.append(values))
     fire.decorators.SetParseFn(str)(record)  # the prompt "12345" is not a number

@@ -166,9 +166,8 @@ def test_each_file_has_a_line_with_its_url_and_a_bar_with_its_bytes(half, server
     download(half)
     err = capsys.readouterr().err
     for name in CONTENT:
-        assert f"downloading {server.url}/124M/{name}\n" in err
-        assert f"{name}.part: 100%" in err
-    assert re.search(rf"{DATA}\.part:  50%.* 244k/487k ", err)  # where it was resumed
+        assert re.search(rf"downloading {server.url}/124M/{name}\n.*100%\|.*\|", err)
+    assert re.search(r" 50%\|.*\| 244k/487k ", err)  # where it was resumed
 
 
 # ---- Faults: functions of (handler, start, body) that answer a request for body[start:] ------

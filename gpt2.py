@@ -57,8 +57,7 @@ def ffn(x, c_fc, c_proj):
 
 
 def attention(q, k, v, mask):
-    """Scaled dot-product attention: each query gets an average of the values, weighted by how well
-    the query matches their keys.
+    """Scaled dot-product attention: average the values, weighted by how well query and key match.
 
     A token's query is what it looks for, its key is how others find it, and its value is what it
     passes on to those that find it.
@@ -100,7 +99,7 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None):
         k, v = kvcache  # all of them: each [n_head, n_past + n_seq, n_embd/n_head]
 
     # causal mask, [n_seq, n_past + n_seq]: query i, at position n_past + i, may attend to the keys
-    # up to that position, where np.tri is 1. For a single new token, those are all: no -1e10
+    # up to that position, where np.tri is 1. For a single new token (decode), it is all zeros
     mask = (1 - np.tri(n_seq, n_past + n_seq, n_past, np.float32)) * -1e10
 
     heads = attention(q, k, v, mask)  # [n_head, n_seq, n_embd/n_head]
@@ -122,7 +121,7 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kvcache=None):
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None):
     """The model: token ids [n_seq] -> logits [n_seq, n_vocab]; with a kvcache, only the last row.
 
-    Row i has a score for each token of the vocabulary, as the next one after inputs[: i + 1].
+    Row i scores each token of the vocabulary as the one that follows inputs[: i + 1].
 
     The weights are passed as **params, a tree of float32 arrays:
 

@@ -45,7 +45,7 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
-def damage_reported(path, errors=(ValueError, TypeError, AttributeError, LookupError)):
+def damage_reported(path, errors=(ValueError, TypeError, LookupError)):
     """Re-raise the errors that a file's contents can cause as a UserError that names the file."""
     try:
         yield
@@ -59,7 +59,7 @@ def damage_reported(path, errors=(ValueError, TypeError, AttributeError, LookupE
 SIZES = ("124M", "355M", "774M", "1558M")
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 DATA = ".data-00000-of-00001"
-# in download order; the index comes last, so a checkpoint that has one is complete
+# in download order
 FILES = ["encoder.json", "hparams.json", "vocab.bpe", "checkpoint"]
 FILES += ["model.ckpt.meta", f"model.ckpt{DATA}", "model.ckpt.index"]
 TOY = 'try the toy model offline: python gpt2.py "Twas brillig" --models_dir tests/models'
@@ -92,7 +92,7 @@ def checkpoint_prefix(model_dir):
     path = pathlib.Path(model_dir, "checkpoint")
     indexes = [*path.parent.glob("*.index")] or [path.with_name("model.ckpt.index")]
     if len(indexes) == 1 and not path.exists():
-        return str(indexes[0]).removesuffix(".index")
+        return str(indexes[0].with_suffix(""))
     with damage_reported(path):
         pattern = r'model_checkpoint_path: "(?:[^"]*[/\\])?([^"]+)"'
         return os.path.join(model_dir, re.search(pattern, path.read_text("utf-8"))[1])
@@ -122,7 +122,7 @@ def download_file(url, path):
 
 
 def file_size(path):
-    """The size of a file in bytes, 0 if there is none."""
+    """Return the size of a file in bytes, or 0 if there is none."""
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
@@ -168,7 +168,7 @@ def write_body(reply, file, start):
     another process may meanwhile have completed and renamed the file, and yet another begun anew.
     """
     header = reply.headers.get("Content-Range") or reply.headers.get("Content-Length", "")
-    total = int(re.search(r"\d{0,15}$", header)[0] or 0)  # the 10 of "bytes 5-9/10" or of "10"
+    total = int(re.search(r"\d*$", header)[0] or 0)  # the 10 of "bytes 5-9/10" or of "10"
     with tqdm(total=total, initial=start, unit="B", unit_scale=True) as bar:
         file.seek(start)
         for piece in reply.iter_content(8192):
@@ -195,18 +195,17 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     mapped, which takes no time and no memory of its own. But no specification says so. Therefore,
     the first run also reads each array with TensorFlow and compares. If all are equal, it saves a
     note with their shapes and a fingerprint of the checkpoint. As long as that matches, TensorFlow
-    is not needed.
-    (Damage that leaves size and modification time unchanged goes unnoticed.) A file that has more
-    than GPT-2's arrays, such as an optimizer's, is read with TensorFlow every time.
+    is not needed. (Damage that leaves size and modification time unchanged goes unnoticed.) A file
+    that has more than GPT-2's arrays, such as an optimizer's, is read with TensorFlow every time.
 
     The arrays can be changed: the map is copy-on-write, so the file stays as it is.
     """
     keep_freed_memory()
-    open(f"{tf_ckpt_path}.index", "rb").close()  # raises OSError here: below, it would be hidden
+    open(f"{tf_ckpt_path}.index", "rb").close()  # raises OSError here; below, it would be caught
     try:
         note = json.loads(pathlib.Path(f"{tf_ckpt_path}.mapped").read_text("utf-8"))
         arrays = map_arrays(tf_ckpt_path, note[fingerprint(tf_ckpt_path)])
-    except (OSError, ValueError, TypeError, AttributeError, LookupError):  # no note that matches
+    except (OSError, ValueError, TypeError, LookupError):  # no note that matches
         arrays = read_with_tensorflow(tf_ckpt_path)
     with damage_reported(f"{tf_ckpt_path} or hparams.json"):
         params = nest(arrays)
@@ -242,7 +241,7 @@ def map_arrays(prefix, shapes):
 
     Returns {} if the file is not exactly as long as the arrays. Raises OSError.
     """
-    sizes = [np.prod(shape) for shape in shapes.values()]
+    sizes = [np.prod(shape, dtype=np.int64) for shape in shapes.values()]
     if file_size(prefix + DATA) != 4 * sum(sizes):  # bytes per float32
         return {}
     data = np.memmap(prefix + DATA, np.float32, "c")  # copy-on-write
@@ -259,7 +258,7 @@ def read_with_tensorflow(prefix):
     print(f"reading {prefix} with TensorFlow", file=sys.stderr)  # importing it takes seconds
     import tensorflow as tf
 
-    with damage_reported(prefix, (tf.errors.OpError, ValueError, TypeError, LookupError)):
+    with damage_reported(prefix, (tf.errors.OpError, ValueError, LookupError)):
         shapes = gpt2_shapes(tf.train.list_variables(prefix))
         arrays = map_arrays(prefix, shapes)
         note = {fingerprint(prefix): shapes} if arrays else {}
@@ -319,7 +318,7 @@ def run_command_line(main):
         with contextlib.suppress(BrokenPipeError), sys.stdout:
             print(text)
     except (UserError, OSError, MemoryError) as error:
-        sys.exit(" ".join(str(error).split()))  # one line, even if a file name has a line break
+        sys.exit(" ".join(str(error).split()) or "out of memory")  # one line, whatever is in it
 
 
 def call(main, arguments):
@@ -348,7 +347,7 @@ def call(main, arguments):
 def check_options(arguments):
     """Raise UserError for an option without a value, which Fire would set to True.
 
-    That is one that another option follows, or nothing.
+    An option has no value if another option or nothing follows it.
     """
     for argument, following in zip(arguments, [*arguments[1:], "--"]):
         if re.fullmatch("(--|-[a-zA-Z])[^=]*", argument) and re.match("--|-[a-zA-Z]", following):

@@ -10,6 +10,7 @@ import pytest
 
 import utils
 
+collect_ignore = ["benchmark.py", "draw_attention.py", "train_toy.py"]  # scripts, not tests
 ROOT = pathlib.Path(__file__).parent.parent
 TOY = ROOT / "tests" / "models"
 

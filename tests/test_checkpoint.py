@@ -298,6 +298,15 @@ def test_a_damaged_file_is_named(toy, name, content):
         load_toy(toy)
 
 
+def test_a_vocabulary_of_another_size_is_refused(toy):
+    """Its last tokens would have no embeddings."""
+    file = toy / "124M" / "hparams.json"
+    hparams = json.loads(file.read_text())
+    file.write_text(json.dumps(hparams | {"n_vocab": hparams["n_vocab"] - 1}))
+    with pytest.raises(ValueError, match=rf"hparams\.json \(n_vocab is not {hparams['n_vocab']}"):
+        load_toy(toy)
+
+
 @pytest.mark.parametrize("size", ["117M", "124m", "", "../124M", "124M/", None, 124])
 def test_only_the_four_sizes_reach_a_path(tmp_path, size):
     for call in (utils.load_encoder_hparams_and_params, utils.download_gpt2_files):

@@ -286,7 +286,7 @@ def test_the_url_and_the_reason_are_told_and_what_has_come_is_kept(
     with pytest.raises(ValueError, match=rf"cannot download {server.url}/124M/{DATA} \({reason}"):
         download(half)
     assert len(server.asked[DATA]) == n_requests
-    assert len(pauses) == n_requests - 1 and pauses == sorted(pauses)
+    assert pauses[-3:] == [1, 2, 3][: n_requests - 1]  # seconds
     kept = contents(half)[f"{DATA}.part"]
     assert len(kept) > HALF and CONTENT[DATA].startswith(kept)
     assert DATA not in contents(half)
@@ -325,7 +325,7 @@ def test_every_request_has_timeouts_and_asks_for_the_bytes_as_they_are(folder, m
     assert requested == [("identity", (5, 10))] * 7
 
 
-def test_a_full_disk_is_named_and_what_came_is_kept(half):
+def test_a_disk_error_is_named_and_what_came_is_kept(half):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -374,7 +374,7 @@ def test_after_a_kill_in_the_middle_of_a_file_the_next_run_resumes(tmp_path, ser
     server.faults[DATA] = first(1, stall)
     part = tmp_path / f"{DATA}.part"
     with python(server, DOWNLOAD, tmp_path) as process:
-        while not part.exists() or part.stat().st_size < HALF - (1 << 14):
+        while utils.file_size(part) < HALF - (1 << 14) and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     size = part.stat().st_size

@@ -116,24 +116,24 @@ def test_equal_pairs_are_merged_from_the_left():
     assert Encoder({}, [("a", "a"), ("aa", "a")]).bpe("aaaaa") == "aa aaa"
 
 
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        ("encoder.json", lambda raw: b"[]"),
-        ("encoder.json", lambda raw: raw[: len(raw) // 2]),
-        ("encoder.json", lambda raw: raw.replace(b": 50255", b": 50254")),
-        ("encoder.json", lambda raw: raw.replace(b'"hello"', b'"hullo!"')),
-        ("vocab.bpe", lambda raw: b""),
-        ("vocab.bpe", lambda raw: raw[: len(raw) // 2]),
-        ("vocab.bpe", lambda raw: raw[raw.index(b"\n") + 1 :]),
-        ("vocab.bpe", lambda raw: raw[: raw.rindex(b"\n", 0, -1) + 1]),
-        ("vocab.bpe", lambda raw: raw + b"a b c\n"),
-        ("vocab.bpe", lambda raw: b"\xff\xfe"),
-    ],
-)
-def test_files_that_make_no_vocabulary_raise_valueerror(tmp_path, name, damage):
+DAMAGE = {
+    "encoder.json is a list": lambda raw: b"[]",
+    "encoder.json is cut short": lambda raw: raw[: len(raw) // 2],
+    "encoder.json has an id twice": lambda raw: raw.replace(b": 50255", b": 50254"),
+    "encoder.json has another token": lambda raw: raw.replace(b'"hello"', b'"hullo!"'),
+    "vocab.bpe is empty": lambda raw: b"",
+    "vocab.bpe is cut short": lambda raw: raw[: len(raw) // 2],
+    "vocab.bpe lacks the version": lambda raw: raw[raw.index(b"\n") + 1 :],
+    "vocab.bpe lacks the last merge": lambda raw: raw[: raw.rindex(b"\n", 0, -1) + 1],
+    "vocab.bpe merges three": lambda raw: raw + b"a b c\n",
+    "vocab.bpe is not UTF-8": lambda raw: b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize(("fault", "damage"), DAMAGE.items())
+def test_a_damaged_vocabulary_raises_valueerror(tmp_path, fault, damage):
     shutil.copytree(RELEASED, tmp_path / "124M")
-    file = tmp_path / "124M" / name
+    file = tmp_path / "124M" / fault.partition(" ")[0]
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError):
         get_encoder("124M", str(tmp_path))

@@ -294,16 +294,8 @@ def test_a_missing_checkpoint_is_named(toy):
 @pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe", "hparams.json", "checkpoint"])
 def test_a_damaged_file_is_named(toy, name, content):
     (toy / "124M" / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"cannot read .*124M/.*{name} .*to another folder"):
-        load_toy(toy)
-
-
-def test_a_vocabulary_of_another_size_is_refused(toy):
-    """Its last tokens would have no embeddings."""
-    file = toy / "124M" / "hparams.json"
-    hparams = json.loads(file.read_text())
-    file.write_text(json.dumps(hparams | {"n_vocab": hparams["n_vocab"] - 1}))
-    with pytest.raises(ValueError, match=rf"hparams\.json \(n_vocab is not {hparams['n_vocab']}"):
+    path = f"124M/(encoder.json or )?{name}"
+    with pytest.raises(ValueError, match=rf"cannot read \S*{path} .*to another folder"):
         load_toy(toy)
 
 

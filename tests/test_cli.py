@@ -116,7 +116,6 @@ def test_help_goes_to_stdout_and_tells_what_the_options_mean(arguments):
         ([PROMPT, "--n_tokens_to_generate", "2.5"], "'2.5'"),
         ([PROMPT, "--n_tokens_to_generate", "9" * 5000], "'999"),
         ([PROMPT, "--model_size", "124"], "124M, 355M, 774M, 1558M, not '124'"),
-        ([PROMPT, "--n_tokens_to_generate"], "--n_tokens_to_generate needs a value; usage: "),
         ([PROMPT, "--models_dir"], "--models_dir needs a value; usage: "),
         ([PROMPT, "--models_dir", "--model_size", "355M"], "--models_dir needs a value; usage: "),
         (["--prompt"], "--prompt needs a value; usage: "),
@@ -155,12 +154,9 @@ def test_a_mistake_beside_a_prompt_of_another_encoding_is_one_line(prompt):
     assert re.fullmatch(r".*--temperature.*\n", done.stderr)
 
 
-@pytest.mark.parametrize(
-    ("reason", "said"), [("'Unable to'", "Unable to\n"), ("", "out of memory\n")]
-)
-def test_too_little_memory_is_one_line(reason, said):
-    done = run("-c", program(f"def main(prompt): raise MemoryError({reason})"), "x")
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+def test_too_little_memory_is_one_line():
+    done = run("-c", program("def main(prompt): raise MemoryError"), "x")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "out of memory\n")
 
 
 def test_an_internal_error_keeps_its_traceback():
@@ -214,15 +210,12 @@ def test_the_second_start_imports_neither_tensorflow_nor_requests(loaded_toy):
     assert run("-c", code).stdout == "set()\n"
 
 
-@pytest.mark.parametrize("set_to", [None, "1"])
-@pytest.mark.parametrize(
-    ("name", "silent"), [("TF_CPP_MIN_LOG_LEVEL", "3"), ("TF_ENABLE_ONEDNN_OPTS", "0")]
-)
-def test_tensorflow_is_silenced_unless_the_user_has_set_it(monkeypatch, name, silent, set_to):
-    monkeypatch.delenv(name, raising=False)
-    code = program(f"def main(prompt): return os.environ[{name!r}]")
-    done = run("-c", code, "x", env={name: set_to} if set_to else {})
-    assert done.stdout == f"{set_to or silent}\n"
+@pytest.mark.parametrize(("name", "quiet"), [("CPP_MIN_LOG_LEVEL", 3), ("ENABLE_ONEDNN_OPTS", 0)])
+def test_tensorflow_is_quiet_unless_the_user_has_set_its_variable(monkeypatch, name, quiet):
+    monkeypatch.delenv(f"TF_{name}", raising=False)
+    code = program(f"def main(prompt): return os.environ['TF_{name}']")
+    assert run("-c", code, "x").stdout == f"{quiet}\n"
+    assert run("-c", code, "x", env={f"TF_{name}": "1"}).stdout == "1\n"
 
 
 def test_an_importing_program_keeps_its_own_settings_and_its_own_ctrl_c(loaded_toy):

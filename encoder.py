@@ -28,13 +28,13 @@ PATTERN = regex.compile(r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{
 def bytes_to_unicode():
     """Map each of the 256 bytes to a printable character, so that tokens are readable text.
 
-    Returns {byte: character}. Printable Latin-1 characters stand for themselves. The other 68
+    Returns {byte: character}. Visible Latin-1 characters stand for themselves. The other 68
     bytes take the characters from U+0100 on, in order: a space (32) is "Ġ", a newline (10) "Ċ".
     """
-    printable = [*range(ord("!"), ord("~") + 1)]
-    printable += [*range(ord("¡"), ord("¬") + 1)]
-    printable += [*range(ord("®"), ord("ÿ") + 1)]
-    characters = {byte: chr(byte) for byte in printable}
+    visible = [*range(ord("!"), ord("~") + 1)]
+    visible += [*range(ord("¡"), ord("¬") + 1)]
+    visible += [*range(ord("®"), ord("ÿ") + 1)]
+    characters = {byte: chr(byte) for byte in visible}
     others = [byte for byte in range(256) if byte not in characters]
     return characters | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
@@ -81,8 +81,8 @@ class Encoder:
         """Split a word into tokens, separated by spaces: "Ġlower" -> "Ġlow er".
 
         While any two adjacent symbols can be merged, merge the pair that was learned first (the one
-        with the lowest rank) wherever it occurs, from left to right. token: the word's bytes, as
-        `bytes_to_unicode` characters, none of which is a space.
+        with the lowest rank) wherever it occurs, from left to right. token: the word, in characters
+        of `bytes_to_unicode`, none of which is a space.
         """
         symbols = list(token)
         while pairs := [pair for pair in itertools.pairwise(symbols) if pair in self.bpe_ranks]:
@@ -99,8 +99,8 @@ class Encoder:
     def encode(self, text):
         """Text -> list of token ids. `<|endoftext|>` is treated as text, not as the special token.
 
-        A surrogate pair becomes the character that it encodes in UTF-16. A lone surrogate (such as
-        Python's stand-in for a byte of the command line that is not UTF-8) becomes U+FFFD.
+        Surrogate pairs are joined, as in UTF-16; a lone surrogate (Python's stand-in for a byte of
+        the command line that is not UTF-8) becomes U+FFFD.
         """
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = []

@@ -17,7 +17,7 @@ def gelu(x):
 
     The tanh approximation of "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016), section 2.
     """
-    # ** 0.5 gives a Python float; np.sqrt would give an np.float64, to which NumPy 2 promotes x
+    # ** 0.5 gives a Python float; with np.sqrt's np.float64, NumPy 2 would make x float64
     return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x * x * x)))
 
 
@@ -68,17 +68,17 @@ def attention(q, k, v, mask):
     The scores are divided by sqrt(d_k), because dot products grow with d_k, and large scores would
     make softmax put nearly all its weight on one key. Vaswani et al. 2017, section 3.2.1.
     """
-    # scaling q instead of the scores is equivalent and usually cheaper
+    # scaling q instead of the scores gives the same result and is usually cheaper
     # [..., n_q, d_k] @ [..., d_k, n_k] -> [..., n_q, n_k]
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2)
     return softmax(scores + mask) @ v  # [..., n_q, n_k] @ [..., n_k, d_v] -> [..., n_q, d_v]
 
 
 def mha(x, c_attn, c_proj, n_head, kvcache=None):
-    """Causal multi-head self-attention: each token gathers information from itself and the tokens
-    before it, in n_head heads of n_embd/n_head dimensions each.
+    """Causal multi-head self-attention: each token attends to itself and the tokens before it.
 
-    [n_seq, n_embd] -> [n_seq, n_embd]. Vaswani et al. 2017, section 3.2.2.
+    [n_seq, n_embd] -> [n_seq, n_embd], in n_head heads of n_embd/n_head dimensions each. Vaswani et
+    al. 2017, section 3.2.2.
     kvcache: float32 [2, n_head, n_past + n_seq, n_embd/n_head], the keys and the values. The first
     n_past positions belong to earlier tokens; mha fills in the last n_seq, those of x, in place.
     """
@@ -95,8 +95,9 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None):
     if kvcache is not None:
         # a token's key and value depend on no later token, so they are computed only once
         n_past = kvcache.shape[2] - n_seq
-        kvcache[:, :, n_past:] = qkv[1:]  # the new keys and values
-        k, v = kvcache  # all of them: each [n_head, n_past + n_seq, n_embd/n_head]
+        # the new keys and values: [2, n_head, n_seq, n_embd/n_head]
+        kvcache[:, :, n_past:] = qkv[1:]
+        k, v = kvcache  # all of them, each [n_head, n_past + n_seq, n_embd/n_head]
 
     # causal mask, [n_seq, n_past + n_seq]: query i, at position n_past + i, may attend to the keys
     # up to that position, where np.tri is 1. For a single new token (decode), it is all zeros

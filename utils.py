@@ -85,9 +85,9 @@ def download_gpt2_files(model_size, model_dir):
 def checkpoint_prefix(model_dir):
     """Find the checkpoint in model_dir: its path without suffix, as in models/124M/model.ckpt.
 
-    Its name is in the file `checkpoint`, perhaps with the folder in which it was once saved. If
-    there is no such file, the index tells the name; if there is no index, it is OpenAI's. Raises
-    UserError or OSError, also if there are several.
+    Its name is in the file `checkpoint`, perhaps with the folder in which it was once saved.
+    Without that file, the index tells the name; without an index, it is OpenAI's. Raises UserError
+    or OSError, also for several indexes without that file.
     """
     path = pathlib.Path(model_dir, "checkpoint")
     indexes = [*path.parent.glob("*.index")] or [path.with_name("model.ckpt.index")]
@@ -140,8 +140,8 @@ def fetch_rest(url, part):
         # a compressed file could not be resumed
         headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}
         with requests.get(url, headers=headers, stream=True, timeout=(5, 10)) as reply:  # seconds
-            if reply.status_code == 416:  # the partial file is longer than the file, so start over:
-                os.remove(part)  # check_reply raises OSError, and download_file tries again
+            if reply.status_code == 416:  # the partial file is too long: start over
+                os.remove(part)  # check_reply raises OSError, so it is requested anew
             check_reply(reply, start)
             write_body(reply, file, start if reply.status_code == 206 else 0)
 
@@ -165,7 +165,7 @@ def write_body(reply, file, start):
     """Write the body of a reply to the file, from position `start` on, with a progress bar.
 
     Raises OSError if the connection breaks, the disk is full, or the size is not what it should be:
-    another process may meanwhile have completed and renamed the file, and yet another begun anew.
+    another process may have completed and renamed the file meanwhile, and a third begun it anew.
     """
     header = reply.headers.get("Content-Range") or reply.headers.get("Content-Length", "")
     total = int(re.search(r"\d*$", header)[0] or 0)  # the 10 of "bytes 5-9/10" or of "10"
@@ -192,11 +192,11 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     cannot be opened.
 
     In practice, the data file is all arrays back to back, sorted by name, so it can be memory-
-    mapped, which takes no time and no memory of its own. But no specification says so. Therefore,
-    the first run also reads each array with TensorFlow and compares. If all are equal, it saves a
-    note with their shapes and a fingerprint of the checkpoint. As long as that matches, TensorFlow
-    is not needed. (Damage that leaves size and modification time unchanged goes unnoticed.) A file
-    that has more than GPT-2's arrays, such as an optimizer's, is read with TensorFlow every time.
+    mapped, which takes hardly any time or memory. But no specification says so. Therefore, the
+    first run also reads each array with TensorFlow and compares. If all are equal, it saves a note
+    with their shapes and a fingerprint of the checkpoint. As long as that matches, TensorFlow is
+    not needed. (Damage that leaves size and modification time unchanged goes unnoticed.) Other
+    files, such as those with an optimizer's arrays, are read with TensorFlow every time.
 
     The arrays can be changed: the map is copy-on-write, so the file stays as it is.
     """
@@ -250,10 +250,10 @@ def map_arrays(prefix, shapes):
 
 
 def read_with_tensorflow(prefix):
-    """Read each array, and replace it by the memory-mapped one if that is equal: {name: array}.
+    """Memory-map the arrays, and replace each that TensorFlow reads differently: {name: array}.
 
-    TensorFlow verifies the CRCs. Saves the note for later runs; it is empty if not all arrays could
-    be replaced. Raises UserError or OSError.
+    TensorFlow verifies the CRCs. Saves the note for later runs, which is empty if any was replaced.
+    Raises UserError or OSError.
     """
     print(f"reading {prefix} with TensorFlow", file=sys.stderr)  # importing it takes seconds
     import tensorflow as tf
@@ -289,7 +289,7 @@ def nest(arrays):
     params = {}
     for name, array in arrays.items():
         *path, last = name.split("/")[1:]
-        group = functools.reduce(lambda group, key: group.setdefault(key, {}), path, params)
+        group = functools.reduce(lambda tree, key: tree.setdefault(key, {}), path, params)
         group[last] = array
     params["blocks"] = [params.pop(f"h{i}") for i in range(len(params) - 3)]  # not wte, wpe, ln_f
     return params

@@ -30,7 +30,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/gpt-2/models"
-        # file name -> a function of (handler, start, body) that answers, or returns "as usual"
+        # file name -> a function of (handler, start, body) that answers, or returns True
         self.faults = {}
         self.asked = collections.defaultdict(list)  # file name -> where the ranges start
         self.sent = collections.Counter()  # file name -> bytes
@@ -82,7 +82,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, server, monkeypatch):
-    """models/124M, not made yet, to download from the server, a hundred times less patiently."""
+    """models/124M, not made yet, to be downloaded from the server, with pauses of 1 %."""
     monkeypatch.setattr(utils, "URL", server.url)
     monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(seconds / 100))
     return tmp_path / "models" / "124M"
@@ -275,7 +275,7 @@ FATAL = {  # fault: what is said, number of requests
 
 
 @pytest.mark.parametrize("fault", FATAL)
-def test_the_url_and_the_reason_are_told_and_what_has_come_is_kept(
+def test_the_url_and_the_reason_are_reported_and_the_partial_file_is_kept(
     half, server, fault, monkeypatch
 ):
     server.faults[DATA], reason, n_requests = FATAL[fault]

@@ -1,4 +1,4 @@
-"""The README keeps its word: links, examples and messages are what it says they are."""
+"""The README's links, examples and messages are right."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""GPT-2 as a textbook would write it: plain loops and float64, no cache, nothing clever.
+"""GPT-2 as a textbook would write it: plain loops and float64, no cache.
 
 The simplest file of the project. It shares no code with gpt2.py, and the tests check gpt2.py
 against it.
@@ -40,7 +40,7 @@ def textbook_block(rows, block, n_head):
 
 
 def textbook_attention(query, keys, values, n_head):
-    """For each head, the average of the values, weighted by softmax: [n_embd], side by side."""
+    """For each head, average the values, weighted by softmax; then concatenate: [n_embd]."""
     d = len(query) // n_head
     heads = []
     for head in range(n_head):
@@ -52,16 +52,19 @@ def textbook_attention(query, keys, values, n_head):
 
 
 def textbook_linear(row, w, b):
+    """row [n_in], w [n_in, n_out], b [n_out] -> [n_out]."""
     return row @ w + b
 
 
 def textbook_layer_norm(row, g, b):
+    """row [n_embd], g [n_embd], b [n_embd] -> [n_embd]."""
     mean = sum(row) / len(row)
     variance = sum((value - mean) ** 2 for value in row) / len(row)
     return np.array([(value - mean) / math.sqrt(variance + 1e-5) for value in row]) * g + b
 
 
 def textbook_gelu(a):
+    """A number -> a number."""
     return a / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
 
 

@@ -100,7 +100,7 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None):
         k, v = kvcache  # all of them, each [n_head, n_past + n_seq, n_embd/n_head]
 
     # causal mask, [n_seq, n_past + n_seq]: query i, at position n_past + i, may attend to the keys
-    # up to that position, where np.tri is 1. For a single new token (decode), it is all zeros
+    # up to that position, where np.tri is 1. In decode, with one new token, the mask is all zeros
     mask = (1 - np.tri(n_seq, n_past + n_seq, n_past, np.float32)) * -1e10
 
     heads = attention(q, k, v, mask)  # [n_head, n_seq, n_embd/n_head]

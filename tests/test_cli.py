@@ -74,7 +74,7 @@ def test_an_empty_prompt_starts_from_endoftext():
 
 
 TEXTS = ["12345", "[1, 2]", "None", "1e5", "a,b", "{'a': 1}", "True", "'quoted'", "(", "-", "-5"]
-TEXTS += ["FIRE_METADATA", "caf\u00e9", "two\nlines", "Twas\ud800", "\udcff"]
+TEXTS += ["caf\u00e9", "two\nlines", "Twas\ud800", "\udcff"]
 DASHED = ["-Alan", "-- SELECT all users", "--", "--help", "--models_dir"]
 
 

@@ -3,10 +3,12 @@
 A text is split into words (or numbers, or punctuation). Each word becomes its UTF-8 bytes, and each
 byte is written as one printable character. Adjacent symbols are then merged into longer and longer
 tokens, following a list of merges that was learned from the training text: "Neural Machine
-Translation of Rare Words with Subword Units" (Sennrich et al. 2016), section 3.2. The vocabulary of
-50,257 tokens is the 256 bytes, the results of 50,000 merges, and `<|endoftext|>`.
+Translation of Rare Words with Subword Units" (Sennrich et al. 2016), section 3.2. (`learn_merges`
+in tests/train_toy.py learns such a list.) The vocabulary of 50,257 tokens is the 256 bytes, the
+results of 50,000 merges, and `<|endoftext|>`.
 """
 
+import codecs
 import itertools
 import json
 import os
@@ -19,17 +21,21 @@ import regex
 # " ?\p{L}+"                letters, with the space before them, if any
 # " ?\p{N}+"                digits, with the space before them, if any
 # " ?[^\s\p{L}\p{N}]+"      other symbols, with the space before them, if any
-# "\s+(?!\S)"               whitespace, but not its last character if a word follows
-# "\s+"                     that last character, unless it is a space, which the word has taken:
-#                           "a\n\nb" is "a", "\n", "\n", "b", but "a  b" is "a", " ", " b"
+# "\s+(?!\S)"               whitespace up to the end of the text, or before a word: then all but its
+#                           last character, so that a space goes with the word: "a  b" is "a", " ",
+#                           " b"
+# "\s+"                     what is left: a last character that is not a space, as in "a\n\nb",
+#                           which is "a", "\n", "\n", "b"
 PATTERN = regex.compile(r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
 def bytes_to_unicode():
-    """Map each of the 256 bytes to a printable character, so that tokens are readable text.
+    """Map each of the 256 bytes to a printable character.
 
-    Returns {byte: character}. Visible Latin-1 characters stand for themselves. The other 68
-    bytes take the characters from U+0100 on, in order: a space (32) is "Ġ", a newline (10) "Ċ".
+    So any token, even a space or half a character, can be written in the text files encoder.json
+    and vocab.bpe. Visible Latin-1 characters stand for themselves. The other 68 bytes take the
+    characters from U+0100 on, in order: a space (32) is "Ġ", a newline (10) "Ċ". Returns {byte:
+    character}.
     """
     visible = [*range(ord("!"), ord("~") + 1)]
     visible += [*range(ord("¡"), ord("¬") + 1)]
@@ -44,7 +50,7 @@ class Encoder:
 
     encoder: the vocabulary, {token: id}; a token is a string of `bytes_to_unicode` characters.
     bpe_merges: pairs of tokens, in the order in which they were learned.
-    errors: how `decode` treats invalid UTF-8, as in bytes.decode.
+    errors: how invalid UTF-8 is decoded, as in bytes.decode.
 
     "I don't", step by step, with only three merges:
 
@@ -81,8 +87,10 @@ class Encoder:
         """Split a word into tokens, separated by spaces: "Ġlower" -> "Ġlow er".
 
         While any two adjacent symbols can be merged, merge the pair that was learned first (the one
-        with the lowest rank) wherever it occurs, from left to right. token: the word, in characters
-        of `bytes_to_unicode`, none of which is a space.
+        with the lowest rank) wherever it occurs, from left to right.
+
+        token: the whole word (OpenAI's name for it), in characters of `bytes_to_unicode`. None of
+        them is a space, so a space can separate the tokens.
         """
         symbols = list(token)
         while pairs := [pair for pair in itertools.pairwise(symbols) if pair in self.bpe_ranks]:
@@ -99,8 +107,9 @@ class Encoder:
     def encode(self, text):
         """Text -> list of token ids. `<|endoftext|>` is treated as text, not as the special token.
 
-        Surrogate pairs are joined, as in UTF-16; a lone surrogate (Python's stand-in for a byte of
-        the command line that is not UTF-8) becomes U+FFFD.
+        A str can contain surrogates, which are halves of characters in UTF-16 and have no UTF-8.
+        Two that belong together become their character. Any other, such as Python's stand-in for a
+        byte of the command line that is not UTF-8, becomes U+FFFD, the replacement character.
         """
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = []
@@ -114,8 +123,17 @@ class Encoder:
 
         Raises KeyError for an id outside the vocabulary.
         """
-        characters = "".join(self.decoder[i] for i in ids)
-        return bytes(self.byte_decoder[char] for char in characters).decode(errors=self.errors)
+        return "".join(self.decode_each(ids))
+
+    def decode_each(self, ids):
+        """Yield the text of each token id, as `decode` does for all of them together.
+
+        A token may end in the middle of a character. Its bytes are kept until the last one comes.
+        """
+        utf8 = codecs.getincrementaldecoder("utf-8")(self.errors)
+        for i in ids:
+            yield utf8.decode(bytes(self.byte_decoder[char] for char in self.decoder[i]))
+        yield from utf8.decode(b"", final=True)  # an incomplete character at the end is invalid
 
 
 def get_encoder(model_name, models_dir):

@@ -20,7 +20,7 @@ TIKTOKEN_PATTERN = (
 HOSTILE = [
     "",
     "Alan Turing theorized that computers would one day become",
-    "I'LL don't, they'd've said; it's 'twas ’tis 'True 'SHE 'Very",
+    "I'LL don't, DON'TS, they'd've said; it's 'twas ’tis 'True 'SHE 'Very",
     " " * 500,
     "a" + " " * 500 + "b",
     "\t\t\n\n \r\n\x0b\x0c x\u00a0y\u2003z\u3000w\u200bv\u2028u\u0085t\ufeffs\u180er",
@@ -30,6 +30,7 @@ HOSTILE = [
     "x=1;\n    if (y != 2.50e-3) { return ½²Ⅷ٣; }  \n\n\n",
     "ababababababab aaaaaaaaaaaaaaaaaaaaaaa",
     "\U0010ffff\ue000\ufffd",
+    "\ufeffa byte order mark",
     "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=1400)),  # fills a context
 ]
 
@@ -88,9 +89,23 @@ def test_the_basic_plane_is_split_into_words_as_by_tiktoken(released, reference,
     assert released.encode(text) == reference.encode_ordinary(text)
 
 
-@given(ids=st.lists(st.integers(0, 50256)))
-def test_any_ids_are_decoded_as_by_tiktoken(released, reference, ids):
-    assert released.decode(ids) == reference.decode(ids, errors="replace")
+def test_any_ids_are_decoded_as_by_tiktoken(released, reference):
+    """The ids 0 to 255 are single bytes, so many characters are split over tokens, or invalid."""
+    rng = random.Random(0)
+    for _ in range(3000):
+        ids = [rng.choice([rng.randrange(256), rng.randrange(50257)]) for _ in range(12)]
+        ids += [released.encoder[released.byte_encoder[byte]] for byte in "👀é".encode()]
+        expected = reference.decode(ids, errors="replace")
+        assert released.decode(ids) == "".join(released.decode_each(ids)) == expected
+
+
+def test_a_character_comes_with_its_last_byte_and_an_incomplete_one_at_the_end(released):
+    f0, x9f, x91, x80 = (released.encoder[released.byte_encoder[byte]] for byte in "👀".encode())
+    a = released.encoder["a"]
+    assert list(released.decode_each([a, f0, x9f, x91, x80, a])) == ["a", "", "", "", "👀", "a"]
+    assert list(released.decode_each([a, f0])) == ["a", "", "\ufffd"]
+    assert list(released.decode_each([f0, a])) == ["", "\ufffda"]
+    assert next(released.decode_each(iter([a, "the next id"]))) == "a"  # which is not asked for yet
 
 
 def test_an_id_outside_the_vocabulary_raises_keyerror(released):
@@ -119,6 +134,7 @@ DAMAGE = {
     "encoder.json is a list": lambda raw: b"[]",
     "encoder.json is cut short": lambda raw: raw[: len(raw) // 2],
     "encoder.json has an id twice": lambda raw: raw.replace(b": 50255", b": 50254"),
+    "encoder.json lacks an id": lambda raw: raw.replace(b": 50256", b": 50257"),
     "encoder.json has another token": lambda raw: raw.replace(b'"hello"', b'"hullo!"'),
     "vocab.bpe is cut short": lambda raw: raw[: len(raw) // 2],
     "vocab.bpe lacks the version": lambda raw: raw[raw.index(b"\n") + 1 :],

@@ -1,5 +1,6 @@
 """The command line: what it accepts, what it refuses, and what arrives on stdout and stderr."""
 
+import io
 import os
 import re
 import shlex
@@ -21,7 +22,9 @@ PLAIN_LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 
 def call(*arguments):
     """The text that `python gpt2.py *arguments` prints, without a process of its own."""
-    return utils.call(gpt2.main, list(map(str, arguments)))
+    text = "".join(utils.call(gpt2.main, gpt2.stream_text, list(map(str, arguments))))
+    assert text.endswith("\n")
+    return text[:-1]
 
 
 def shell(command):
@@ -31,9 +34,11 @@ def shell(command):
     return subprocess.run(["bash", "-c", command], check=False, **options)
 
 
-def program(main):
-    """The code of a program that gives its command line to main, "def main(...): ..."."""
-    return f"import os, signal, utils\n{main}\nutils.run_command_line(main)"
+def program(body):
+    """The code of a program that prints what this body of a generator yields."""
+    stream = f"def stream(prompt, hide_bar): {body}"
+    imports = "import os, signal, time, utils"
+    return f"{imports}\n{stream}\nutils.run_command_line(lambda prompt: '', stream)"
 
 
 @pytest.fixture
@@ -113,7 +118,8 @@ def test_help_goes_to_stdout_and_tells_what_the_options_mean(arguments):
         ([PROMPT, "--size", "124M"], "--size; usage: "),
         ([PROMPT, "--models_dir", TOY, "--temperature=1"], "--temperature=1; usage: "),
         ([PROMPT, "--n_tokens_to_generate", "-1"], "whole number, not '-1'; usage: "),
-        ([PROMPT, "--n_tokens_to_generate", "2.5"], "'2.5'"),
+        ([PROMPT, "--n_tokens_to_generate", "2.5"], "'2.5'; usage: "),
+        ([PROMPT, "\N{SUPERSCRIPT TWO}"], "'\N{SUPERSCRIPT TWO}'; usage: "),
         ([PROMPT, "--n_tokens_to_generate", "9" * 5000], "'999"),
         ([PROMPT, "--model_size", "124"], "124M, 355M, 774M, 1558M, not '124'"),
         ([PROMPT, "--models_dir"], "--models_dir needs a value; usage: "),
@@ -127,9 +133,19 @@ def test_help_goes_to_stdout_and_tells_what_the_options_mean(arguments):
 )
 def test_a_mistake_is_refused_before_anything_is_downloaded(tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(utils.UserError, match=said):
+    with pytest.raises(utils.UserError) as caught:
         call(*arguments)
+    assert re.search(said, f"{caught.value}{utils.USAGE}")
+    assert isinstance(caught.value, utils.UsageError)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_mistake_in_the_arguments_comes_with_the_usage_and_another_error_without():
+    mistaken = run("gpt2.py", "Alan", "Turing")
+    assert mistaken.stderr.endswith(f" whole number, not 'Turing'{utils.USAGE}\n")
+    for done in (mistaken, run("gpt2.py", "Alan", "--models_dir", "/dev/null")):
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert re.fullmatch(r".*Not a directory: '/dev/null/124M'\n", done.stderr)
 
 
 def test_a_prompt_that_exceeds_the_context_is_refused_with_its_length():
@@ -141,10 +157,10 @@ def test_an_error_is_one_line_on_stderr_even_with_a_line_break_in_a_path(toy):
     folder = toy / "two\nlines"
     folder.mkdir()
     shutil.move(toy / "124M", folder)
-    (folder / "124M" / "hparams.json").write_text("{}")
+    (folder / "124M" / "hparams.json").write_text("")
     done = run("gpt2.py", PROMPT, "--models_dir", folder)
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"cannot read .*two lines/124M/hparams\.json .*\n", done.stderr)
+    assert re.fullmatch(r"cannot read .*two lines/124M/.*hparams\.json .*\n", done.stderr)
 
 
 @pytest.mark.parametrize("prompt", ["caf\u00e9".encode(), b"\xff\xfe"])
@@ -155,27 +171,30 @@ def test_a_mistake_beside_a_prompt_of_another_encoding_is_one_line(prompt):
 
 
 def test_too_little_memory_is_one_line():
-    done = run("-c", program("def main(prompt): raise MemoryError"), "x")
+    done = run("-c", program("yield from [1][:0]; raise MemoryError"), "x")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "out of memory\n")
 
 
 def test_an_internal_error_keeps_its_traceback():
-    done = run("-c", program("def main(prompt): raise ValueError('our own')"), "x")
-    assert (done.returncode, done.stdout) == (1, "")
+    done = run("-c", program("yield 'text'; raise ValueError('our own')"), "x")
+    assert (done.returncode, done.stdout) == (1, "text")
     assert done.stderr.startswith("Traceback")
     assert done.stderr.endswith("ValueError: our own\n")
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
-def test_the_locale_does_not_matter(locale):
+def test_the_locale_does_not_matter(loaded_toy, locale):
+    text = 'model_checkpoint_path: "/home/zo\u00e9/model.ckpt"'
+    (loaded_toy / "124M" / "checkpoint").write_text(text, encoding="utf-8")
     environment = PLAIN_LOCALE | {"LC_ALL": locale}
-    done = run("gpt2.py", b"Twas \xff\xfe brillig", "2", "--models_dir", TOY, env=environment)
+    arguments = [b"Twas \xff\xfe brillig", "2", "--models_dir", loaded_toy]
+    done = run("gpt2.py", *arguments, env=environment)
     expected = gpt2.main("Twas \udcff\udcfe brillig", 2, models_dir=TOY)
     assert (done.returncode, done.stdout) == (0, expected + "\n")
 
 
 def test_a_terminal_without_the_characters_shows_question_marks():
-    code = program("def main(prompt): return 'caf\u00e9'")
+    code = program("yield 'caf\u00e9'")
     done = run("-c", code, "x", env={"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout) == (0, "caf?\n"), done.stderr
 
@@ -186,20 +205,31 @@ def test_a_closed_pipe_after_the_program_is_quiet(loaded_toy, unbuffered):
     command = f'PYTHONUNBUFFERED={unbuffered} python gpt2.py "{PROMPT}" --models_dir {loaded_toy}'
     done = shell(f"{command} | true; echo ${{PIPESTATUS[0]}}")
     assert done.stdout == "0\n"
-    assert re.fullmatch(r"(\s+generating: .*\|.*\|.*)+\n", done.stderr)
+    assert re.fullmatch(r"(\s+generating: .*\|.*\|.*)*\n?", done.stderr)
 
 
-@pytest.mark.parametrize("models_dir", ["tests/models", "/dev/null"])
-def test_a_broken_pipe_on_stderr_is_a_failure(models_dir):
-    command = f'PYTHONUNBUFFERED=1 python gpt2.py "{PROMPT}" --models_dir {models_dir}'
-    assert shell(f"{command} 2>&1 >/dev/null | true; echo ${{PIPESTATUS[0]}}").stdout == "1\n"
+def test_the_reader_of_a_pipe_gets_the_first_words_and_may_leave(loaded_toy):
+    command = f'python gpt2.py "{PROMPT}" 200 --models_dir {loaded_toy} 2>/dev/null'
+    done = shell(f"{command} | head -c 10; echo ${{PIPESTATUS[0]}}")
+    assert done.stdout == f"{VERSE[:10]}0\n"
+
+
+@pytest.mark.parametrize("arguments", [[PROMPT, "--models_dir", TOY], [PROMPT, "--wrong"]])
+def test_a_broken_pipe_on_stderr_is_a_failure(arguments):
+    """And the text is not printed, or only a part of it, as the bar cannot be shown."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    options = {"capture_output": False, "stdout": subprocess.PIPE, "stderr": writer}
+    done = run("gpt2.py", *arguments, env={"PYTHONUNBUFFERED": "1"}, **options)
+    os.close(writer)
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_text_that_does_not_fit_on_the_disk_is_a_failure():
     done = shell(f'python gpt2.py "{PROMPT}" 3 --models_dir tests/models >/dev/full')
     assert done.returncode == 1
-    assert done.stderr.endswith("No space left on device\n")
+    assert done.stderr.endswith("\ncannot print the text ([Errno 28] No space left on device)\n")
 
 
 def test_the_second_start_imports_neither_tensorflow_nor_requests(loaded_toy):
@@ -213,7 +243,7 @@ def test_the_second_start_imports_neither_tensorflow_nor_requests(loaded_toy):
 @pytest.mark.parametrize(("name", "quiet"), [("CPP_MIN_LOG_LEVEL", 3), ("ENABLE_ONEDNN_OPTS", 0)])
 def test_tensorflow_is_quiet_unless_the_user_has_set_its_variable(monkeypatch, name, quiet):
     monkeypatch.delenv(f"TF_{name}", raising=False)
-    code = program(f"def main(prompt): return os.environ['TF_{name}']")
+    code = program(f"yield os.environ['TF_{name}']")
     assert run("-c", code, "x").stdout == f"{quiet}\n"
     assert run("-c", code, "x", env={f"TF_{name}": "1"}).stdout == "1\n"
 
@@ -228,22 +258,40 @@ def test_an_importing_program_keeps_its_own_settings_and_its_own_ctrl_c(loaded_t
     assert run("-c", code).stdout == "True\n"
 
 
+def start(*arguments):
+    """Start `python *arguments` with pipes, and with Python's own Ctrl-C."""
+    options = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE) | {"cwd": ROOT}
+    if os.name != "nt":
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([sys.executable, *arguments], **options)
+
+
+def test_each_piece_of_the_text_is_printed_before_the_next_is_generated():
+    """This program goes on when its reader says so."""
+    with start("-c", program("yield 'one '; input(); yield 'two'"), "x") as process:
+        assert process.stdout.read(4) == b"one "
+        assert process.communicate(b"\n", timeout=60) == (b"two" + os.linesep.encode(), b"")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.parametrize("moment", ["tensorflow.python.eager", "generating"])
-def test_ctrl_c_kills_the_program_by_its_signal_and_without_a_traceback(toy, moment):
+def test_ctrl_c_kills_the_program_by_its_signal_without_a_traceback_and_leaves_the_text():
+    with start("-c", program("yield 'one '; time.sleep(60)"), "x") as process:
+        assert process.stdout.read(4) == b"one "
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == (b"", b"")
+    assert process.returncode == -signal.SIGINT
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_kills_the_program_during_the_import_of_tensorflow(toy):
     """-X importtime tells on stderr what is being imported, TensorFlow at the toy's first start."""
-    if moment == "generating":
-        gpt2.main("", 0, models_dir=toy)  # the first start
-    command = [sys.executable, "-X", "importtime", ROOT / "gpt2.py", PROMPT, "200", "124M", toy]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, **options) as process:
+    with start("-X", "importtime", "gpt2.py", PROMPT, "200", "124M", toy) as process:
         seen = b""
-        while moment.encode() not in seen and (piece := process.stderr.read1()):
+        while b"tensorflow.python.eager" not in seen and (piece := process.stderr.read1()):
             seen += piece
         process.send_signal(signal.SIGINT)
-        stdout, rest = process.communicate(timeout=60)
-    assert moment.encode() in seen
+        stdout, rest = process.communicate(timeout=30)
+    assert b"tensorflow.python.eager" in seen
     assert (process.returncode, stdout) == (-signal.SIGINT, b"")
     assert b"Traceback" not in seen + rest
 
@@ -251,6 +299,66 @@ def test_ctrl_c_kills_the_program_by_its_signal_and_without_a_traceback(toy, mom
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_a_program_in_the_background_still_ignores_ctrl_c():
     """A shell without job control starts `command &` with SIGINT ignored."""
-    code = program("def main(prompt): return signal.getsignal(signal.SIGINT).name")
+    code = program("yield signal.getsignal(signal.SIGINT).name")
     done = run("-c", code, "x", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     assert done.stdout == "SIG_IGN\n"
+
+
+# ---- In the tools of a learner ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tool", "its_input", "its_output"),
+    [
+        (["-m", "cProfile"], "", "function calls"),
+        (["-m", "trace", "--listfuncs"], "", "functions called:"),
+        (["-m", "pdb", "-c", "continue"], "quit\n", "The program finished"),
+        (["-i"], "print(type(gpt2))\n", "<class 'function'>"),
+    ],
+)
+def test_a_tool_has_its_say_after_the_text(loaded_toy, tool, its_input, its_output):
+    done = run(*tool, "gpt2.py", PROMPT, "--models_dir", loaded_toy, input=its_input)
+    assert done.returncode == 0
+    assert done.stdout.startswith(VERSE)
+    assert its_output in done.stdout.partition(VERSE)[2]
+    assert "Traceback (most" not in done.stdout + done.stderr
+
+
+class Notebook:
+    """The least that print needs of a stdout."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+
+@pytest.mark.parametrize("stdout", [io.StringIO, Notebook])
+def test_any_stdout_will_do_and_the_process_is_left_as_it_was_found(monkeypatch, stdout):
+    arguments = ["gpt2.py", PROMPT, "3", "--models_dir", str(TOY)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    for name in ("TF_CPP_MIN_LOG_LEVEL", "TF_ENABLE_ONEDNN_OPTS"):
+        monkeypatch.setenv(name, "3")
+    for _ in range(2):
+        monkeypatch.setattr(sys, "stdout", stdout())
+        before = sys.stdout, sys.excepthook, signal.getsignal(signal.SIGINT), dict(os.environ)
+        utils.run_command_line(gpt2.main, gpt2.stream_text)
+        after = sys.stdout, sys.excepthook, signal.getsignal(signal.SIGINT), dict(os.environ)
+        assert after == before
+        text = sys.stdout.getvalue() if stdout is io.StringIO else sys.stdout.text
+        assert text == " toves\nDid\n"
+
+
+def test_in_a_session_a_mistake_is_one_line_and_no_exit(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    monkeypatch.setattr(sys, "argv", ["gpt2.py", PROMPT, "--size", "1"])
+    utils.run_command_line(gpt2.main, gpt2.stream_text)
+    assert capsys.readouterr().err == f"Could not consume arg: --size{utils.USAGE}\n"
+
+
+def test_in_a_session_no_bar_runs_through_the_text(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    monkeypatch.setattr(sys, "argv", ["gpt2.py", PROMPT, "3", "--models_dir", str(TOY)])
+    utils.run_command_line(gpt2.main, gpt2.stream_text)
+    assert capsys.readouterr() == (" toves\nDid\n", "")

@@ -1,7 +1,11 @@
 """GPT-2 as a textbook would write it: plain loops and float64, no cache.
 
-The simplest file of the project. It shares no code with gpt2.py, and the tests check gpt2.py
-against it.
+The simplest file of the project. It shares no code with gpt2.py and utils.py, and the tests check
+those against it.
+
+A linear layer is a dict {"w": weights, "b": bias}, a layer norm is {"g": gain, "b": bias}. So if
+c_fc is a linear layer, textbook_linear(row, **c_fc) means textbook_linear(row, w=c_fc["w"],
+b=c_fc["b"]).
 """
 
 import math
@@ -45,10 +49,17 @@ def textbook_attention(query, keys, values, n_head):
     heads = []
     for head in range(n_head):
         part = slice(head * d, (head + 1) * d)
-        weights = [math.exp(query[part] @ key[part] / math.sqrt(d)) for key in keys]
-        total = sum(weight * value[part] for weight, value in zip(weights, values, strict=True))
-        heads.append(total / sum(weights))
+        # divided by sqrt(d), since a sum of d products becomes larger with d
+        scores = [query[part] @ key[part] / math.sqrt(d) for key in keys]
+        weights = textbook_softmax(scores)
+        heads.append(sum(w * value[part] for w, value in zip(weights, values, strict=True)))
     return np.concatenate(heads)
+
+
+def textbook_softmax(scores):
+    """A list of numbers -> a list of positive numbers whose sum is 1."""
+    exps = [math.exp(score) for score in scores]
+    return [exp / sum(exps) for exp in exps]
 
 
 def textbook_linear(row, w, b):
@@ -74,3 +85,22 @@ def to_float64(params):
     if isinstance(params, list):
         return [to_float64(value) for value in params]
     return np.asarray(params, np.float64)
+
+
+def textbook_load(prefix, n_layer):
+    """Load a TensorFlow checkpoint, such as models/124M/model.ckpt: the params of gpt2.gpt2.
+
+    A variable such as "model/h0/attn/c_attn/w" becomes params["blocks"][0]["attn"]["c_attn"]["w"].
+    """
+    import tensorflow as tf
+
+    params = {"blocks": [{} for _ in range(n_layer)]}
+    for name, _shape in tf.train.list_variables(prefix):
+        _model, *path, last = name.split("/")
+        group = params
+        for key in path:
+            is_layer = key.startswith("h")
+            group = params["blocks"][int(key[1:])] if is_layer else group.setdefault(key, {})
+        array = tf.train.load_variable(prefix, name)
+        group[last] = array[0] if last == "w" else array  # OpenAI's w are [1, n_in, n_out]
+    return params

@@ -311,7 +311,6 @@ def test_a_program_in_the_background_still_ignores_ctrl_c():
     ("tool", "its_input", "its_output"),
     [
         (["-m", "cProfile"], "", "function calls"),
-        (["-m", "trace", "--listfuncs"], "", "functions called:"),
         (["-m", "pdb", "-c", "continue"], "quit\n", "The program finished"),
         (["-i"], "print(type(gpt2))\n", "<class 'function'>"),
     ],

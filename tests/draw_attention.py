@@ -1,7 +1,7 @@
 """Draw the README's picture of attention: `python tests/draw_attention.py [FILE.png]`.
 
-Runs the toy model on one line of its poem, and shows the attention weights of the four heads of the
-second layer. Needs Matplotlib.
+Runs the toy model on one line of its poem, and shows the attention weights of the four heads of
+layer 1. (Layers and heads are counted from 0, as in the code.) Needs Matplotlib.
 """
 
 import pathlib
@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -38,22 +39,26 @@ def attention_weights(ids, params, n_head):
 
 
 def draw(weights, tokens, file):
-    figure, axes = plt.subplots(2, 2, figsize=(9, 9), layout="constrained")
+    plt.rcParams["font.size"] = 12
+    colors = plt.get_cmap("Blues").with_extremes(bad="lightgrey")  # bad: masked
+    later = ~np.tri(len(tokens), dtype=bool)
+    figure, axes = plt.subplots(2, 2, figsize=(10, 9.2), layout="constrained")
     for head, axis in enumerate(axes.flat):
-        axis.imshow(weights[head], cmap="Blues", vmin=0, vmax=1)
-        axis.set_title(f"head {head}")
+        image = axis.imshow(np.ma.array(weights[head], mask=later), cmap=colors, vmin=0, vmax=1)
+        axis.set_title(f"layer {LAYER}, head {head}")
         axis.set_xticks(range(len(tokens)), tokens, rotation=90)
         axis.set_yticks(range(len(tokens)), tokens)
-    figure.supxlabel("keys: the tokens that are looked at")
+    figure.supxlabel("keys: the tokens that are looked at (grey: later ones, hidden by the mask)")
     figure.supylabel("queries: the tokens that look")
-    figure.savefig(file, dpi=75)
+    figure.colorbar(image, ax=axes, label="attention weight", shrink=0.4)
+    figure.savefig(file, dpi=80)
 
 
 def main(file=HERE / "attention.png"):
     encoder, hparams, params = load_encoder_hparams_and_params("124M", HERE / "models")
     ids = encoder.encode(TEXT)
     weights = attention_weights(ids, params, hparams["n_head"])
-    draw(weights[LAYER], [encoder.decode([i]).strip() for i in ids], file)
+    draw(weights[LAYER], [f'"{encoder.decode([i])}"' for i in ids], file)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,10 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
 
     The arrays can be changed: the map is copy-on-write, so the file stays as it is.
     """
-    np.empty(2**25 - 2**16, np.uint8)  # speeds up malloc, see above
+    # On Linux, malloc returns large blocks to the system when they are freed, until it has done so
+    # once: after that, it keeps all of up to that size (at most 32 MiB) for the next array. This
+    # allocates and frees one. It saves a fifth of the time of a 900-token prompt (124M, measured)
+    np.empty(2**25 - 2**16, np.uint8)
     open(f"{tf_ckpt_path}.index", "rb").close()  # raises OSError if there is no checkpoint
     arrays = map_as_noted(tf_ckpt_path) or read_with_tensorflow(tf_ckpt_path)
     with damage_reported(f"{tf_ckpt_path} or hparams.json"):
@@ -212,7 +215,7 @@ def download_file(url, path):
             os.replace(part, path)
         except (OSError, ValueError) as error:  # from the network or the disk; a malformed reply
             sizes.append(file_size(part))
-            failures = len(sizes) - 1 - sizes.index(max(sizes))  # since the last progress
+            failures = len(sizes) - 1 - sizes.index(max(sizes))  # attempts since it last grew
             if failures == 4 or isinstance(error, UserError):
                 raise UserError(f"cannot download {url} ({error}); rerun to resume")
             time.sleep(failures)
@@ -312,7 +315,7 @@ def hide_ctrl_c(kind, error, traceback):
 def call(main, stream_text, arguments):
     """Parse the arguments and call stream_text. Returns its pieces of text, or those of the help.
 
-    Raises UserError for a missing, unknown or extra argument, and for an option without a value.
+    Raises UsageError for a missing, unknown or extra argument, and for an option without a value.
     """
     import fire
 
@@ -323,7 +326,7 @@ def call(main, stream_text, arguments):
             raise UsageError(f"{argument} needs a value")  # Fire would set it to True
     # on a terminal or in a notebook, the progress bar would run through the text
     hide = os.isatty(1) or hasattr(sys, "ps1")
-    # Fire finds extra arguments only after the call, but then nothing is generated yet
+    # Fire finds extra arguments only after the call; by then, a generator has not begun yet
     run = functools.wraps(main)(lambda *values: itertools.chain(stream_text(*values, hide), "\n"))
     fire.decorators.SetParseFn(str)(run)  # the prompt "12345" is not a number
     try:

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -288,28 +289,24 @@ def run_command_line(main, stream_text):
     """Print the text that main returns for the arguments of the command line, as it is generated.
 
     main has the parameters and the help; stream_text takes the same, and yields the text in pieces.
-    An error the user can fix becomes one line on stderr and exit status 1. In IPython, Jupyter or
-    `python -i`, the session goes on.
+    An error the user can fix becomes one line on stderr and exit status 1, or 0 in IPython and
+    Jupyter, which then do not show it as an exception.
     """
     # silence TensorFlow and oneDNN, unless the user wants to see their messages
     os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"} | os.environ
+    in_session = hasattr(sys, "ps1") or sys.flags.interactive
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler and not in_session:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program without a traceback
     try:
         for piece in call(main, stream_text, sys.argv[1:]):
             print_piece(piece)
     except (UserError, OSError, MemoryError) as error:
         line = " ".join(str(error).split()) or "out of memory"
         print(line + USAGE * isinstance(error, UsageError), file=sys.stderr)
-        if not (hasattr(sys, "ps1") or sys.flags.interactive):
-            sys.exit(1)
-    except KeyboardInterrupt:
-        sys.excepthook = hide_ctrl_c  # Python then ends itself by the signal
-        raise
-
-
-def hide_ctrl_c(kind, error, traceback):
-    """An excepthook without a traceback for Ctrl-C."""
-    if kind is not KeyboardInterrupt:
-        sys.__excepthook__(kind, error, traceback)
+        sys.exit(0 if in_session else 1)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def call(main, stream_text, arguments):

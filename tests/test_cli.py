@@ -325,11 +325,12 @@ def test_any_stdout_will_do_and_the_process_is_left_as_it_was_found(monkeypatch)
         assert "".join(pieces) == " toves\nDid\n"
 
 
-def test_in_a_session_no_bar_runs_through_the_text_and_a_mistake_is_no_exit(monkeypatch, capsys):
-    """sys.ps1 is the prompt of an interactive session, as in IPython and Jupyter."""
+def test_in_a_session_there_is_no_bar_and_a_mistake_is_no_exception(monkeypatch, capsys):
+    """sys.ps1 is the prompt of a session; IPython and Jupyter do not show an exit with status 0."""
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     monkeypatch.setattr(sys, "argv", ["gpt2.py", PROMPT, "--size", "1"])
-    utils.run_command_line(gpt2.main, gpt2.stream_text)
+    with pytest.raises(SystemExit, match="^0$"):
+        utils.run_command_line(gpt2.main, gpt2.stream_text)
     assert capsys.readouterr() == ("", f"Could not consume arg: --size{utils.USAGE}\n")
     monkeypatch.setattr(sys, "argv", ["gpt2.py", PROMPT, "3", "--models_dir", str(TOY)])
     utils.run_command_line(gpt2.main, gpt2.stream_text)

@@ -129,6 +129,7 @@ class Encoder:
         """Yield the text of each token id, as `decode` does for all of them together.
 
         A token may end in the middle of a character. Its bytes are kept until the last one comes.
+        If that never comes, there is one more piece at the end.
         """
         utf8 = codecs.getincrementaldecoder("utf-8")(self.errors)
         for i in ids:

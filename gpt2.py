@@ -93,14 +93,13 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
     n_seq, n_embd = x.shape
     # project to queries, keys and values: [n_seq, n_embd] -> [n_seq, 3*n_embd]
     qkv = linear(x, **c_attn)  # the columns are [q | k | v], each of them [head 0 | head 1 | ...]
-    # split into three: [n_seq, 3*n_embd] -> [3, n_seq, n_embd]
-    qkv = qkv.reshape(n_seq, 3, n_embd).swapaxes(0, 1)
-    # split into heads: [3, n_seq, n_embd] -> [3, n_head, n_seq, n_embd/n_head]
-    qkv = qkv.reshape(3, n_seq, n_head, n_embd // n_head).swapaxes(1, 2)
-    q, k, v = qkv  # each [n_head, n_seq, n_embd/n_head]
+    # split into three and into heads: [n_seq, 3*n_embd] -> [n_seq, 3, n_head, n_embd/n_head]
+    qkv = qkv.reshape(n_seq, 3, n_head, n_embd // n_head)
+    # [n_seq, 3, n_head, n_embd/n_head] -> [3, n_head, n_seq, n_embd/n_head]
+    q, k, v = qkv.transpose(1, 2, 0, 3)  # each [n_head, n_seq, n_embd/n_head]
 
     if kvcache is not None:
-        kvcache[:, :, n_past : n_past + n_seq] = qkv[1:]  # the new keys and values
+        kvcache[:, :, n_past : n_past + n_seq] = k, v  # the new ones
         k, v = kvcache[:, :, : n_past + n_seq]  # all, each [n_head, n_past + n_seq, n_embd/n_head]
 
     # causal mask, [n_seq, n_past + n_seq]: query i, at position n_past + i, may attend to the keys
@@ -184,7 +183,8 @@ def stream(inputs, params, n_head, n_tokens_to_generate):
     n_past = 0  # how many tokens are in the cache
     pending = inputs  # those that are not yet: first the whole prompt (prefill)
     for _ in range(n_tokens_to_generate):
-        for start in tqdm(range(0, len(pending), PREFILL_PIECE), "prompt", leave=False, delay=1):
+        starts = range(0, len(pending), PREFILL_PIECE)
+        for start in tqdm(starts, "prompt", leave=False, delay=1, disable=n_past > 0):  # seconds
             piece = pending[start : start + PREFILL_PIECE]
             logits = gpt2(piece, **params, n_head=n_head, kvcache=kvcache, n_past=n_past)
             n_past += len(piece)
@@ -224,7 +224,7 @@ def main(
 def stream_text(prompt, n_tokens_to_generate, model_size, models_dir, hide_bar=False):
     """Yield the text that `main` returns, piece by piece, while the model generates it.
 
-    hide_bar: whether to show no progress bar. Raises what `main` raises.
+    hide_bar: show no bar for the new tokens. Raises what `main` raises.
     """
     from utils import check_n_tokens, load_encoder_hparams_and_params
 

@@ -1,7 +1,7 @@
 """Everything around the model: the checkpoint, its download, the command line, errors.
 
 `load_encoder_hparams_and_params` is the entry point of a program that uses the model. In each
-section, functions stand in the order in which they are called.
+section, a function is followed by those that it calls.
 """
 
 import contextlib
@@ -31,8 +31,9 @@ def load_encoder_hparams_and_params(model_size, models_dir):
     """
     model_dir = os.path.join(os.path.expanduser(models_dir), str(model_size))
     download_gpt2_files(model_size, model_dir)
-    with damage_reported(f"{model_dir}/encoder.json, vocab.bpe or hparams.json"):
+    with damage_reported(f"{model_dir}/encoder.json or vocab.bpe"):
         encoder = get_encoder(model_size, os.path.dirname(model_dir))
+    with damage_reported(f"{model_dir}/hparams.json"):
         hparams = dict(json.loads(Path(model_dir, "hparams.json").read_text("utf-8")))
     hparams["n_vocab"] = len(encoder.encoder)  # so the weights must fit the vocabulary, too
     return encoder, hparams, load_gpt2_params_from_tf_ckpt(checkpoint_prefix(model_dir), hparams)
@@ -91,8 +92,8 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     arrays = map_as_noted(tf_ckpt_path) or read_with_tensorflow(tf_ckpt_path)
     with damage_reported(f"{tf_ckpt_path} or hparams.json"):
         params = nest(arrays)
-        sizes = [len(params["wte"]), *params["wpe"].shape, len(params["blocks"])]
-        sizes = dict(zip(("n_vocab", "n_ctx", "n_embd", "n_layer"), sizes, strict=True))
+        sizes = {"n_vocab": len(params["wte"]), "n_layer": len(params["blocks"])}
+        sizes["n_ctx"], sizes["n_embd"] = params["wpe"].shape
         if not sizes.items() <= hparams.items() or hparams["n_embd"] % hparams["n_head"]:
             raise ValueError(f"the sizes of the weights are {sizes}, but hparams are {hparams}")
     return params
@@ -141,7 +142,9 @@ def read_with_tensorflow(prefix):
 
     with damage_reported(prefix, (tf.errors.OpError, ValueError, LookupError)):
         reader = tf.compat.v1.train.NewCheckpointReader(str(prefix))
-        shapes = gpt2_shapes(reader.get_variable_to_shape_map())
+        shapes = sorted(reader.get_variable_to_shape_map().items())  # as in OpenAI's data file
+        # only GPT-2's, not an optimizer's, such as model/wte/Adam
+        shapes = {n: shape for n, shape in shapes if re.fullmatch("model/(w[tp]e|.*/[gbw])", n)}
         mapped = map_arrays(prefix, shapes)
         read = ((n, np.asarray(reader.get_tensor(n), np.float32)) for n in tqdm(shapes, "reading"))
         different = {n: array for n, array in read if not np.array_equal(array, mapped.get(n))}
@@ -149,14 +152,6 @@ def read_with_tensorflow(prefix):
     with contextlib.suppress(OSError):  # a read-only folder
         Path(f"{prefix}.mapped").write_text(json.dumps(note))
     return mapped | different
-
-
-def gpt2_shapes(shapes):
-    """Select GPT-2's variables from {name: shape}, and sort them by name, as the data file is.
-
-    Others, such as an optimizer's model/wte/Adam, are ignored.
-    """
-    return {n: shapes[n] for n in sorted(shapes) if re.fullmatch("model/(w[tp]e|.*/[gbw])", n)}
 
 
 def nest(arrays):
@@ -288,7 +283,8 @@ USAGE = '; usage: python gpt2.py "PROMPT" [--OPTION=VALUE ...]; --prompt="..." t
 def run_command_line(main, stream_text):
     """Print the text that main returns for the arguments of the command line, as it is generated.
 
-    main has the parameters and the help; stream_text takes the same, and yields the text in pieces.
+    main has the parameters and the help. stream_text takes the same, and whether to hide the
+    progress bar, and yields the text in pieces.
     An error the user can fix becomes one line on stderr and exit status 1, or 0 in IPython and
     Jupyter, which then do not show it as an exception.
     """
@@ -317,7 +313,7 @@ def call(main, stream_text, arguments):
     import fire
 
     if {"-h", "--help"} & set(arguments):
-        return fire.helptext.HelpText(main, trace=fire.trace.FireTrace(main, name="gpt2.py")) + "\n"
+        return [fire.helptext.HelpText(main, trace=fire.trace.FireTrace(main, "gpt2.py")), "\n"]
     for argument, following in itertools.pairwise([*arguments, "--"]):
         if re.fullmatch("(--|-[a-zA-Z])[^=]*", argument) and re.match("--|-[a-zA-Z]", following):
             raise UsageError(f"{argument} needs a value")  # Fire would set it to True
@@ -334,12 +330,12 @@ def call(main, stream_text, arguments):
         raise UsageError(error.trace.elements[-1].ErrorAsStr()) from None
 
 
-def check_n_tokens(n_new, n_seq=0, n_ctx=10**9):
+def check_n_tokens(n_new, n_seq=0, n_ctx=float("inf")):
     """Return n_new (an integer >= 0, or its digits) as an int.
 
-    Raises UserError if it is none, or if n_seq tokens of a prompt and n_new more exceed n_ctx.
+    Raises UserError if it is not one, or if n_seq tokens of a prompt and n_new more exceed n_ctx.
     """
-    if not re.fullmatch("[0-9]{1,9}", str(n_new)):
+    if not re.fullmatch("[0-9]{1,4300}", str(n_new)):  # int() takes no more digits
         raise UsageError(f"n_tokens_to_generate must be a whole number, not {n_new!r}")
     if n_seq + int(n_new) > n_ctx:
         raise UserError(f"{n_seq} prompt tokens and {n_new} new ones exceed the context of {n_ctx}")
@@ -371,7 +367,7 @@ class UsageError(UserError):
 
 
 @contextlib.contextmanager
-def damage_reported(path, errors=(ValueError, TypeError, LookupError)):
+def damage_reported(path, errors=(ValueError, TypeError, LookupError, ArithmeticError)):
     """Re-raise the errors that a file's contents can cause as a UserError that names the file."""
     try:
         yield

@@ -176,7 +176,7 @@ def test_generate_returns_ints_and_changes_neither_inputs_nor_weights(small):
 def test_the_whole_context_may_be_used_and_no_token_more(small):
     params, n_head, ids = small
     assert len(gpt2.generate(ids[:100], params, n_head, 200)) == 200
-    with pytest.raises(IndexError, match="300"):
+    with pytest.raises(IndexError, match="300"):  # the last new token needs no position
         gpt2.generate(ids[:102], params, n_head, 200)
     with pytest.raises(IndexError, match="300"):
         gpt2.gpt2([7] * 301, **params, n_head=n_head)

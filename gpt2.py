@@ -184,7 +184,8 @@ def stream(inputs, params, n_head, n_tokens_to_generate):
     pending = inputs  # those that are not yet: first the whole prompt (prefill)
     for _ in range(n_tokens_to_generate):
         starts = range(0, len(pending), PREFILL_PIECE)
-        for start in tqdm(starts, "prompt", leave=False, delay=1, disable=n_past > 0):  # seconds
+        # in prefill, a progress bar appears after 1 second
+        for start in tqdm(starts, "prompt", leave=False, delay=1, disable=n_past > 0):
             piece = pending[start : start + PREFILL_PIECE]
             logits = gpt2(piece, **params, n_head=n_head, kvcache=kvcache, n_past=n_past)
             n_past += len(piece)

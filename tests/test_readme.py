@@ -136,14 +136,17 @@ def test_sampling_at_a_high_temperature_needs_top_k(k):
 
 
 def test_the_picture_can_be_drawn_again(tmp_path, monkeypatch):
-    """Another version of Matplotlib may draw a line or a letter differently."""
-    image = pytest.importorskip("matplotlib.image")
-    file = tmp_path / "attention.png"
-    monkeypatch.setattr("sys.argv", ["draw_attention.py", str(file)])
+    """Pixel for pixel by the same version of Matplotlib; others place letters elsewhere."""
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("sys.argv", ["draw_attention.py", str(tmp_path / "attention.png")])
     runpy.run_path(str(ROOT / "tests" / "draw_attention.py"), run_name="__main__")
-    drawn, kept = image.imread(file), image.imread(ROOT / "tests" / "attention.png")
-    assert drawn.shape == kept.shape
-    assert np.abs(drawn - kept).mean() < 0.01
+    drawn = image.open(tmp_path / "attention.png")
+    kept = image.open(ROOT / "tests" / "attention.png")
+    if drawn.info["Software"] == kept.info["Software"]:
+        np.testing.assert_array_equal(drawn, kept)
+    else:
+        assert drawn.size == kept.size
 
 
 def test_the_messages_are_those_that_the_readme_explains(toy, tmp_path, monkeypatch):

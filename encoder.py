@@ -33,9 +33,9 @@ def bytes_to_unicode():
     """Map each of the 256 bytes to a printable character.
 
     So any token, even a space or half a character, can be written in the text files encoder.json
-    and vocab.bpe. Visible Latin-1 characters stand for themselves. The other 68 bytes take the
-    characters from U+0100 on, in order: a space (32) is "Ġ", a newline (10) "Ċ". Returns {byte:
-    character}.
+    and vocab.bpe. A byte that is a visible Latin-1 character is written as that character (so "é",
+    two bytes in UTF-8, becomes "Ã©"). The other 68 bytes take the characters from U+0100 on, in
+    order: a space (32) is "Ġ", a newline (10) "Ċ". Returns {byte: character}.
     """
     visible = [*range(ord("!"), ord("~") + 1)]
     visible += [*range(ord("¡"), ord("¬") + 1)]
@@ -52,10 +52,10 @@ class Encoder:
     bpe_merges: pairs of tokens, in the order in which they were learned.
     errors: how invalid UTF-8 is decoded, as in bytes.decode.
 
-    "I don't", step by step, with only three merges:
+    "I don't", step by step, with only four merges:
 
-    >>> merges = [("o", "n"), ("'", "t"), ("d", "on")]
-    >>> tokens = [*bytes_to_unicode().values(), "on", "'t", "don"]  # with ids 0 to 255, 256 to 258
+    >>> merges = [("o", "n"), ("'", "t"), ("d", "on"), ("d", "o")]
+    >>> tokens = [*bytes_to_unicode().values(), "on", "'t", "don", "do"]  # ids 0 to 255, 256 to 259
     >>> toy = Encoder({token: i for i, token in enumerate(tokens)}, merges)
     >>> PATTERN.findall("I don't")  # text -> words
     ['I', ' don', "'t"]
@@ -63,7 +63,7 @@ class Encoder:
     [32, 100, 111, 110]
     >>> "".join(toy.byte_encoder[byte] for byte in " don".encode())  # bytes -> symbols
     'Ġdon'
-    >>> toy.bpe("Ġdon")  # Ġ d o n -> Ġ d on -> Ġ don; no merge starts with Ġ
+    >>> toy.bpe("Ġdon")  # Ġ d o n -> Ġ d on -> Ġ don, as "o n" was learned before "d o"
     'Ġ don'
     >>> [toy.encoder[token] for token in ["Ġ", "don"]]  # tokens -> ids
     [220, 258]
@@ -107,7 +107,7 @@ class Encoder:
     def encode(self, text):
         """Text -> list of token ids. `<|endoftext|>` is treated as text, not as the special token.
 
-        A str can contain surrogates, which are halves of characters in UTF-16 and have no UTF-8.
+        A str can contain surrogates, halves of characters in UTF-16 that UTF-8 cannot encode.
         Two that belong together become their character. Any other, such as Python's stand-in for a
         byte of the command line that is not UTF-8, becomes U+FFFD, the replacement character.
         """

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 
 def gelu(x):
-    """Activation function: x times (about) the probability that a standard normal number is < x.
+    """Activation function: x times (about) the probability that a standard normal variable is < x.
 
-    Any shape. Large x stay as they are, very negative x become 0. This is the tanh approximation of
-    "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016), section 2.
+    Any shape. Large values stay as they are, very negative ones become 0. This is the tanh
+    approximation of "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016), section 2.
     """
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
@@ -86,9 +86,9 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
     [n_seq, n_embd] -> [n_seq, n_embd], in n_head heads of n_embd/n_head dimensions each. Vaswani et
     al. 2017, section 3.2.2.
 
-    kvcache: float32 [2, n_head, room, n_embd/n_head], the keys and values of n_past earlier tokens,
-    with room for more. mha adds those of x to it, in place. A token's key and value depend on no
-    later token, so they never have to be computed again.
+    kvcache: float32 [2, n_head, room, n_embd/n_head]. Its first n_past places are filled with the
+    keys and values of earlier tokens; mha adds those of x after them, in place. A token's key and
+    value depend on no later token, so they never have to be computed again.
     """
     n_seq, n_embd = x.shape
     # project to queries, keys and values: [n_seq, n_embd] -> [n_seq, 3*n_embd]
@@ -102,8 +102,8 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
         kvcache[:, :, n_past : n_past + n_seq] = k, v  # the new ones
         k, v = kvcache[:, :, : n_past + n_seq]  # all, each [n_head, n_past + n_seq, n_embd/n_head]
 
-    # causal mask, [n_seq, n_past + n_seq]: query i, at position n_past + i, may attend to the keys
-    # up to that position, where np.tri is 1. In decode, with one new token, the mask is all zeros
+    # causal mask, [n_seq, n_past + n_seq]: np.tri is 1 where column <= row + n_past, which are the
+    # keys that the query of this row may see. With one new token, the mask is all zeros
     mask = (1 - np.tri(n_seq, n_past + n_seq, n_past, np.float32)) * -1e10
 
     heads = attention(q, k, v, mask)  # [n_head, n_seq, n_embd/n_head]
@@ -151,6 +151,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
     # asarray, because JAX does not index with a list: [n_seq] -> [n_seq, n_embd]
     x = wte[np.asarray(inputs)] + wpe[positions]
 
+    # each layer's part of kvcache is a view: mha fills kvcache itself
     layer_caches = [None] * len(blocks) if kvcache is None else kvcache
     for block, layer_cache in zip(blocks, layer_caches, strict=True):
         x = transformer_block(x, **block, n_head=n_head, kvcache=layer_cache, n_past=n_past)
@@ -181,7 +182,7 @@ def stream(inputs, params, n_head, n_tokens_to_generate):
     room = len(inputs) + n_tokens_to_generate
     kvcache = np.empty((len(params["blocks"]), 2, n_head, room, n_embd // n_head), np.float32)
     n_past = 0  # how many tokens are in the cache
-    pending = inputs  # those that are not yet: first the whole prompt (prefill)
+    pending = inputs  # the tokens that are not in the cache yet: first the whole prompt (prefill)
     for _ in range(n_tokens_to_generate):
         starts = range(0, len(pending), PREFILL_PIECE)
         # in prefill, a progress bar appears after 1 second
@@ -209,7 +210,7 @@ def main(
 
     Args:
         prompt: the text to continue; if it is empty, the model begins a new text.
-        n_tokens_to_generate: how many tokens to add; with those of the prompt, at most 1024.
+        n_tokens_to_generate: how many tokens to add; with the prompt, at most 1024 (toy: 256).
         model_size: 124M, 355M, 774M or 1558M; downloaded when first used.
         models_dir: where the models are kept, each in a folder named after its size.
 

@@ -84,9 +84,9 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
 
     The arrays can be changed: the map is copy-on-write, so the file stays as it is.
     """
-    # On Linux, malloc returns large blocks to the system when they are freed, until it has done so
-    # once: after that, it keeps all of up to that size (at most 32 MiB) for the next array. This
-    # allocates and frees one. It saves a fifth of the time of a 900-token prompt (124M, measured)
+    # On Linux, malloc returns a large block to the system when it is freed, and from then on keeps
+    # all blocks up to that size (at most 32 MiB) for the next array. So free one: it saves a fifth
+    # of the time of a 900-token prompt (124M, on one machine)
     np.empty(2**25 - 2**16, np.uint8)
     open(f"{tf_ckpt_path}.index", "rb").close()  # raises OSError if there is no checkpoint
     arrays = map_as_noted(tf_ckpt_path) or read_with_tensorflow(tf_ckpt_path)
@@ -135,7 +135,7 @@ def read_with_tensorflow(prefix):
     """Read the arrays with TensorFlow, which verifies their checksums: {name: array}.
 
     Those that can be memory-mapped are, to save memory. Saves the note for later runs, which is
-    empty if any array cannot. Raises UserError or OSError.
+    empty if any array cannot be mapped. Raises UserError or OSError.
     """
     print(f"reading {prefix} with TensorFlow", file=sys.stderr)  # importing it takes seconds
     import tensorflow as tf

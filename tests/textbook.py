@@ -3,9 +3,9 @@
 The simplest file of the project. It shares no code with gpt2.py and utils.py, and the tests check
 those against it.
 
-A linear layer is a dict {"w": weights, "b": bias}, a layer norm is {"g": gain, "b": bias}. So if
-c_fc is a linear layer, textbook_linear(row, **c_fc) means textbook_linear(row, w=c_fc["w"],
-b=c_fc["b"]).
+The tree of params, with all shapes, is in the docstring of gpt2.gpt2. A linear layer is a dict
+{"w": weights, "b": bias}, a layer norm is {"g": gain, "b": bias}. So if c_fc is a linear layer,
+textbook_linear(row, **c_fc) means textbook_linear(row, w=c_fc["w"], b=c_fc["b"]).
 """
 
 import math
@@ -36,7 +36,9 @@ def textbook_block(rows, block, n_head):
     for i, row in enumerate(rows):
         # no token sees a later one; gpt2.py does this with a mask
         heads = textbook_attention(queries[i], keys[: i + 1], values[: i + 1], n_head)
+        # residual connection: add to the row, instead of replacing it
         row = row + textbook_linear(heads, **block["attn"]["c_proj"])
+        # feed-forward network: project up, GELU, project back down
         hidden = textbook_linear(textbook_layer_norm(row, **block["ln_2"]), **block["mlp"]["c_fc"])
         hidden = np.array([textbook_gelu(value) for value in hidden])
         outputs.append(row + textbook_linear(hidden, **block["mlp"]["c_proj"]))
@@ -75,16 +77,20 @@ def textbook_layer_norm(row, g, b):
 
 
 def textbook_gelu(a):
-    """A number -> a number."""
+    """A number a -> about a times the probability that a standard normal variable is < a."""
     return a / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
 
 
 def to_float64(params):
+    """Convert all arrays, so that rounding errors here are negligible in a comparison."""
     if isinstance(params, dict):
         return {name: to_float64(value) for name, value in params.items()}
     if isinstance(params, list):
         return [to_float64(value) for value in params]
     return np.asarray(params, np.float64)
+
+
+# ---- The model ends here. This loads its weights ----------------------------------------------
 
 
 def textbook_load(prefix, n_layer):

@@ -293,7 +293,7 @@ def test_a_program_in_the_background_still_ignores_ctrl_c():
     ],
 )
 def test_a_tool_has_its_say_after_the_text(loaded_toy, tool, its_input, its_output):
-    done = run(*tool, "gpt2.py", PROMPT, "--models_dir", loaded_toy, input=its_input)
+    done = run(*tool, "gpt2.py", PROMPT, "40", "124M", loaded_toy, input=its_input)
     assert done.returncode == 0
     assert done.stdout.startswith(VERSE)
     assert its_output in done.stdout.partition(VERSE)[2]

@@ -228,7 +228,7 @@ def fetch_rest(url, part):
     The request starts one byte early: the rest of a complete file would be empty, which is an error
     in HTTP. Raises UserError if trying again cannot help, OSError or ValueError if it may.
     """
-    Path(part).touch()  # before the import: meanwhile another process could complete it
+    Path(part).touch()  # before the slow import, during which another process may complete it
     import requests
 
     with open(part, "r+b") as file:
@@ -270,7 +270,7 @@ def write_body(reply, file, start):
         for piece in reply.iter_content(8192):
             bar.update(file.write(piece))
     file.flush()
-    total = total or (file.tell() if reply.raw.chunked else 0)  # chunks tell their end, no size
+    total = total or (file.tell() if reply.raw.chunked else 0)  # chunked: no size
     if not 0 < total == file.tell() == file_size(file.name):
         raise OSError(f"got {file.tell():,} of {total:,} bytes; {file_size(file.name):,} on disk")
 

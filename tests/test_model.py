@@ -8,6 +8,7 @@ import copy
 import math
 import pathlib
 import runpy
+import time
 
 import numpy as np
 import pytest
@@ -156,6 +157,22 @@ def test_the_prompt_runs_in_pieces_and_then_only_the_newest_token(small, monkeyp
     assert [first, *gpt2.stream([*ids, first], params, n_head, 3)] == gpt2.generate(
         ids, params, n_head, 4
     )
+
+
+def test_a_slow_new_token_draws_no_bar_over_the_text(small, monkeypatch, capsys):
+    """The bar of the prompt appears after a second, and only before the first new token."""
+    params, n_head, ids = small
+    gelu = gpt2.gelu
+
+    def slow_gelu(x):
+        time.sleep(0.4)  # in each of three layers
+        return gelu(x)
+
+    new = gpt2.stream(ids[:3], params, n_head, 2)
+    next(new)
+    monkeypatch.setattr(gpt2, "gelu", slow_gelu)
+    next(new)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_lowest_id_wins_a_tie():

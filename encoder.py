@@ -4,8 +4,8 @@ A text is split into words (or numbers, or punctuation). Each word becomes its U
 byte is written as one printable character. Adjacent symbols are then merged into longer and longer
 tokens, following a list of merges that was learned from the training text: "Neural Machine
 Translation of Rare Words with Subword Units" (Sennrich et al. 2016), section 3.2. (`learn_merges`
-in tests/train_toy.py learns such a list.) The vocabulary of 50,257 tokens is the 256 bytes, the
-results of 50,000 merges, and `<|endoftext|>`.
+in tests/tools/train_toy.py learns such a list.) The vocabulary of 50,257 tokens is the 256 bytes,
+the results of 50,000 merges, and `<|endoftext|>`.
 """
 
 import codecs
@@ -15,7 +15,9 @@ import os
 
 import regex
 
-# What counts as a word. At each position, the first of these patterns that matches is used:
+# What counts as a word. At each position, the first of these patterns that matches is used. (\p{L}
+# is any letter and \p{N} any digit of Unicode, \s is whitespace; (?!\S) matches where no character
+# other than whitespace follows.)
 #
 # "'(?:s|t|re|ve|m|ll|d)"   the end of a contraction, in lowercase: "don't" is "don" and "'t"
 # " ?\p{L}+"                letters, with the space before them, if any
@@ -36,9 +38,12 @@ def bytes_to_unicode():
     and vocab.bpe. A byte that is a visible Latin-1 character is written as that character (so "é",
     two bytes in UTF-8, becomes "Ã©"). The other 68 bytes take the characters from U+0100 on, in
     order: a space (32) is "Ġ", a newline (10) "Ċ". Returns {byte: character}.
+
+    The visible ones come first: in this order, the bytes have the ids 0 to 255 of the vocabulary.
+    So "!" (33) has id 0, and the space, after 188 visible bytes and 0 to 31, has id 220.
     """
     visible = [*range(ord("!"), ord("~") + 1)]
-    visible += [*range(ord("¡"), ord("¬") + 1)]
+    visible += [*range(ord("¡"), ord("¬") + 1)]  # between these two is the invisible soft hyphen
     visible += [*range(ord("®"), ord("ÿ") + 1)]
     characters = {byte: chr(byte) for byte in visible}
     others = [byte for byte in range(256) if byte not in characters]
@@ -84,37 +89,38 @@ class Encoder:
         self.errors = errors
 
     def bpe(self, token):
-        """Split a word into tokens, separated by spaces: "Ġlower" -> "Ġlow er".
+        """Split a word into tokens: "Ġlower" -> "Ġlow er".
 
         While any two adjacent symbols can be merged, merge the pair that was learned first (the one
-        with the lowest rank) wherever it occurs, from left to right.
+        with the lowest rank) wherever it occurs, from left to right. Later merges were learned from
+        texts in which the earlier ones had already been made, so this order makes their pairs.
 
-        token: the whole word (OpenAI's name for it), in characters of `bytes_to_unicode`. None of
-        them is a space, so a space can separate the tokens.
+        token: the whole word (OpenAI's name for it), in characters of `bytes_to_unicode`.
+        Returns a string with spaces between the tokens, as OpenAI's `bpe` does.
         """
         symbols = list(token)
-        while pairs := [pair for pair in itertools.pairwise(symbols) if pair in self.bpe_ranks]:
+        while True:
+            pairs = [pair for pair in itertools.pairwise(symbols) if pair in self.bpe_ranks]
+            if not pairs:
+                return " ".join(symbols)
             best_pair = min(pairs, key=self.bpe_ranks.get)
             merged = []
             for symbol in symbols:
                 if merged and (merged[-1], symbol) == best_pair:
-                    merged[-1] += symbol  # now longer than best_pair[0], so it cannot match again
+                    merged[-1] += symbol  # "a a a" becomes "aa a": "aa", "a" is another pair
                 else:
                     merged.append(symbol)
             symbols = merged
-        return " ".join(symbols)
 
     def encode(self, text):
         """Text -> list of token ids. `<|endoftext|>` is treated as text, not as the special token.
 
-        A str can contain surrogates, halves of characters in UTF-16 that UTF-8 cannot encode.
-        Two that belong together become their character. Any other, such as Python's stand-in for a
-        byte of the command line that is not UTF-8, becomes U+FFFD, the replacement character.
+        What UTF-8 cannot encode (lone surrogates) becomes "?".
         """
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = []
         for word in PATTERN.findall(text):
-            symbols = "".join(self.byte_encoder[byte] for byte in word.encode())
+            utf8 = word.encode("utf-8", errors="replace")
+            symbols = "".join(self.byte_encoder[byte] for byte in utf8)
             ids += [self.encoder[token] for token in self.bpe(symbols).split(" ")]
         return ids
 
@@ -129,28 +135,25 @@ class Encoder:
         """Yield the text of each token id, as `decode` does for all of them together.
 
         A token may end in the middle of a character. Its bytes are kept until the last one comes.
-        If that never comes, there is one more piece at the end.
+        One more piece, usually empty, ends the text: a character that was never completed.
         """
         utf8 = codecs.getincrementaldecoder("utf-8")(self.errors)
         for i in ids:
             yield utf8.decode(bytes(self.byte_decoder[char] for char in self.decoder[i]))
-        yield from utf8.decode(b"", final=True)  # an incomplete character at the end is invalid
+        yield utf8.decode(b"", final=True)
 
 
 def get_encoder(model_name, models_dir):
     """Build the Encoder from <models_dir>/<model_name>/encoder.json and vocab.bpe.
 
-    Raises ValueError or TypeError if the files do not match or are damaged, OSError if one cannot
-    be read.
+    Raises ValueError if the files do not match, as when one is truncated, OSError if one cannot be
+    read.
     """
     with open(os.path.join(models_dir, model_name, "encoder.json"), encoding="utf-8") as file:
         encoder = json.load(file)
     with open(os.path.join(models_dir, model_name, "vocab.bpe"), encoding="utf-8") as file:
         _version, *lines = file.read().splitlines()
-    merges = [(first, second) for first, second in map(str.split, lines)]  # two on each line
-    expected = {*bytes_to_unicode().values(), *map("".join, merges), "<|endoftext|>"}
-    if set(encoder) != expected:
+    merges = [tuple(line.split()) for line in lines]  # two tokens on each line
+    if set(encoder) != {*bytes_to_unicode().values(), *map("".join, merges), "<|endoftext|>"}:
         raise ValueError("encoder.json and vocab.bpe have different tokens")
-    if set(encoder.values()) != set(range(len(encoder))):
-        raise ValueError("the ids in encoder.json are not 0, 1, 2, ...")
     return Encoder(encoder, merges)

@@ -1,13 +1,29 @@
 """GPT-2 in NumPy, to be read from top to bottom: building blocks, model, greedy generation.
 
-The model is the one described in "Language Models are Unsupervised Multitask Learners" (Radford
-et al. 2019) and implemented in OpenAI's src/model.py. Between layers, x has a row of n_embd numbers
-for each of n_seq tokens: [n_seq, n_embd]. The vocabulary has n_vocab tokens; the context length,
-n_ctx, is the maximum number of tokens the model can process.
+GPT-2 does one thing: given a text, it scores every token that could come next. Append the token
+with the highest score, ask again, and a text is generated:
+
+    ids = encoder.encode("Alan Turing theorized that")
+    for _ in range(40):
+        logits = gpt2(ids, **params, n_head=12)  # [len(ids), n_vocab]
+        ids.append(np.argmax(logits[-1]))  # the last row scores what follows the last token
+    print(encoder.decode(ids))
+
+A token is a word, a piece of a word or punctuation, and its id is its number in the vocabulary. A
+logit is the score of a token. An embedding is the row of numbers that stands for a token inside the
+model. Between layers, x has one such row for each of n_seq tokens: [n_seq, n_embd].
+
+           n_vocab     n_ctx             n_embd             n_head            n_layer
+           vocabulary  context length    numbers in a row   attention heads   layers
+    124M   50257       1024              768                12                12
+    1558M  50257       1024              1600               25                48
 
 The weights are float32 arrays in nested dicts (all of them are listed in `gpt2`). A linear layer is
 a dict {"w": weights, "b": bias}, a layer norm is {"g": gain, "b": bias}. So if c_fc is a linear
 layer, linear(x, **c_fc) is short for linear(x, w=c_fc["w"], b=c_fc["b"]).
+
+The model is described in "Language Models are Unsupervised Multitask Learners" (Radford et al.
+2019), and OpenAI's code is src/model.py. The papers of the building blocks are cited below.
 """
 
 import math
@@ -19,23 +35,29 @@ from tqdm import tqdm
 def gelu(x):
     """Activation function: x times (about) the probability that a standard normal variable is < x.
 
-    Any shape. Large values stay as they are, very negative ones become 0. This is the tanh
+    Any shape. Large values stay as they are, very negative ones become 0. Without a nonlinear
+    function between them, two linear layers would be no more than a single one. This is the tanh
     approximation of "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016), section 2.
     """
+    # math.sqrt returns a Python float. np.sqrt would return a float64 scalar, and NumPy 2 would
+    # compute everything from here on in float64, twice as slow. And x**3 is slower than x * x * x
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
 def softmax(x):
-    """Turn scores into probabilities that sum to 1 along the last axis. Any shape."""
-    exp_x = np.exp(x - np.max(x, axis=-1, keepdims=True))  # subtracting the max avoids overflow
-    return exp_x / np.sum(exp_x, axis=-1, keepdims=True)
+    """Turn scores into probabilities: positive, with a sum of 1 along the last axis. Any shape."""
+    # e to the power of each score. Subtracting the largest one cancels out, but prevents overflow
+    powers = np.exp(x - np.max(x, axis=-1, keepdims=True))
+    return powers / np.sum(powers, axis=-1, keepdims=True)
 
 
 def layer_norm(x, g, b, eps=1e-5):
     """Normalize each row of x to mean 0 and variance 1, then scale by g and shift by b.
 
-    x [..., n_embd], g [n_embd], b [n_embd] -> [..., n_embd]. "Layer Normalization" (Ba et al.
-    2016), section 3. eps, with OpenAI's value, prevents division by zero.
+    However large the rows of x grow from layer to layer, the next one sees them at the same scale.
+
+    x [..., n_embd], g [n_embd], b [n_embd] -> [..., n_embd]. eps, with OpenAI's value, prevents
+    division by zero. "Layer Normalization" (Ba et al. 2016), section 3.
     """
     x = x - np.mean(x, axis=-1, keepdims=True)
     variance = np.mean(x * x, axis=-1, keepdims=True)  # [..., n_embd] -> [..., 1]
@@ -64,47 +86,53 @@ def ffn(x, c_fc, c_proj):
 def attention(q, k, v, mask):
     """Scaled dot-product attention: softmax(q k^T / sqrt(d_k) + mask) v.
 
-    A token's query is what it looks for, its key is how others find it, and its value is what it
-    passes on to those that find it. Each of n_q queries is compared with n_k keys, and gets the
-    average of their values, weighted by how well query and key match.
+    Each query is compared with every key. The result is the average of the values, weighted by how
+    well query and key match. The mask is added to the scores: 0 keeps a key, -1e10 hides it.
 
     q [..., n_q, d_k], k [..., n_k, d_k], v [..., n_k, d_v], mask [n_q, n_k] -> [..., n_q, d_v].
-    Queries and keys have d_k dimensions and values d_v; in GPT-2, d_v equals d_k, and "..." is
-    n_head. The mask is added to the scores: 0 keeps a key, -1e10 hides it.
-
-    The scores are divided by sqrt(d_k), because dot products grow with d_k, and large scores would
-    make softmax put nearly all its weight on one key. Vaswani et al. 2017, section 3.2.1.
+    "..." is n_head in GPT-2: every head at once. Vaswani et al. 2017, section 3.2.1.
     """
-    # [..., n_q, d_k] @ [..., d_k, n_k] -> [..., n_q, n_k]
-    scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
-    return softmax(scores + mask) @ v  # [..., n_q, n_k] @ [..., n_k, d_v] -> [..., n_q, d_v]
+    # dot products grow with d_k, and large scores would put nearly all the weight on one key
+    scores = (q / math.sqrt(q.shape[-1])) @ k.swapaxes(-1, -2) + mask  # [..., n_q, n_k]
+    return softmax(scores) @ v  # [..., n_q, n_k] @ [..., n_k, d_v] -> [..., n_q, d_v]
+
+
+# Generation calls the model once per new token. Without a cache, each call would compute the keys
+# and values of all earlier tokens again; with one, they are kept. The cache changes no result: at a
+# first reading, skip kvcache and n_past (None and 0: no cache, no earlier tokens).
 
 
 def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
-    """Causal multi-head self-attention: each token attends to itself and the tokens before it.
+    """Causal multi-head self-attention: each token gathers information from those up to itself.
 
-    [n_seq, n_embd] -> [n_seq, n_embd], in n_head heads of n_embd/n_head dimensions each. Vaswani et
-    al. 2017, section 3.2.2.
+    A token's query is what it looks for, its key is how others find it, and its value is what it
+    passes on to those that find it. Each head does this on its own n_embd/n_head dimensions.
 
-    kvcache: float32 [2, n_head, room, n_embd/n_head]. Its first n_past places are filled with the
-    keys and values of earlier tokens; mha adds those of x after them, in place. A token's key and
-    value depend on no later token, so they never have to be computed again.
+    [n_seq, n_embd] -> [n_seq, n_embd]. Vaswani et al. 2017, section 3.2.2.
+
+    kvcache: float32 [2, n_head, capacity, n_embd/n_head]. It has the keys and the values of n_past
+    earlier tokens; mha adds those of x, in place.
     """
     n_seq, n_embd = x.shape
     # project to queries, keys and values: [n_seq, n_embd] -> [n_seq, 3*n_embd]
-    qkv = linear(x, **c_attn)  # the columns are [q | k | v], each of them [head 0 | head 1 | ...]
-    # split into three and into heads: [n_seq, 3*n_embd] -> [n_seq, 3, n_head, n_embd/n_head]
+    qkv = linear(x, **c_attn)
+    # a row is q | k | v, and each of them is head 0 | head 1 | ...: cut it at each "|"
     qkv = qkv.reshape(n_seq, 3, n_head, n_embd // n_head)
+    # bring the axes of q, k, v and of the heads to the front, so that each head is a matrix:
     # [n_seq, 3, n_head, n_embd/n_head] -> [3, n_head, n_seq, n_embd/n_head]
     q, k, v = qkv.transpose(1, 2, 0, 3)  # each [n_head, n_seq, n_embd/n_head]
 
     if kvcache is not None:
-        kvcache[:, :, n_past : n_past + n_seq] = k, v  # the new ones
-        k, v = kvcache[:, :, : n_past + n_seq]  # all, each [n_head, n_past + n_seq, n_embd/n_head]
+        kvcache[0, :, n_past : n_past + n_seq] = k
+        kvcache[1, :, n_past : n_past + n_seq] = v
+        k, v = kvcache[:, :, : n_past + n_seq]  # each [n_head, n_past + n_seq, n_embd/n_head]
 
-    # causal mask, [n_seq, n_past + n_seq]: np.tri is 1 where column <= row + n_past, which are the
-    # keys that the query of this row may see. With one new token, the mask is all zeros
-    mask = (1 - np.tri(n_seq, n_past + n_seq, n_past, np.float32)) * -1e10
+    # causal mask, [n_seq, n_past + n_seq]: a row per query, a column per key. np.tri is 1 up to the
+    # query's own column (k=n_past shifts the diagonal), 0 after it. For three tokens, the mask is
+    #     [[0, -1e10, -1e10],
+    #      [0,     0, -1e10],
+    #      [0,     0,     0]]  and exp(-1e10) is 0: softmax gives no weight to later tokens
+    mask = (1 - np.tri(n_seq, n_past + n_seq, k=n_past, dtype=np.float32)) * -1e10
 
     heads = attention(q, k, v, mask)  # [n_head, n_seq, n_embd/n_head]
     # merge heads: [n_head, n_seq, n_embd/n_head] -> [n_seq, n_embd]
@@ -143,55 +171,61 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
                 c_proj  w [4*n_embd, n_embd], b [n_embd]      projection back down
         ln_f            g [n_embd], b [n_embd]                final layer norm
 
-    kvcache: float32 [n_layer, 2, n_head, room, n_embd/n_head], one cache per layer as in `mha`. The
+    kvcache: float32 [n_layer, 2, n_head, capacity, n_embd/n_head], as in `mha` for each layer. The
     inputs then follow the n_past tokens that are in it.
     Raises IndexError for an id >= n_vocab and for more than n_ctx tokens in total.
     """
-    positions = np.arange(n_past, n_past + len(inputs))
-    # asarray, because JAX does not index with a list: [n_seq] -> [n_seq, n_embd]
-    x = wte[np.asarray(inputs)] + wpe[positions]
+    ids = np.asarray(inputs)  # indexing with an array picks rows, here one per token
+    positions = np.arange(n_past, n_past + len(ids))
+    # attention by itself does not see the order of the earlier tokens: so add their positions
+    x = wte[ids] + wpe[positions]  # [n_seq] -> [n_seq, n_embd]
 
-    # each layer's part of kvcache is a view: mha fills kvcache itself
-    layer_caches = [None] * len(blocks) if kvcache is None else kvcache
-    for block, layer_cache in zip(blocks, layer_caches, strict=True):
+    for i, block in enumerate(blocks):
+        layer_cache = None if kvcache is None else kvcache[i]  # a view: mha writes into kvcache
         x = transformer_block(x, **block, n_head=n_head, kvcache=layer_cache, n_past=n_past)
 
     if kvcache is not None:
-        x = x[-1:]  # generation needs only the last row
+        # generation needs what follows the last token only. For a long prompt, the logits of all
+        # tokens would take almost half as much time as everything before this line
+        x = x[-1:]
     # tied embeddings: the row of wte that embeds a token also scores it, by its dot product with x.
     # "Using the Output Embedding to Improve Language Models" (Press and Wolf 2017)
     return layer_norm(x, **ln_f) @ wte.T  # [n_seq, n_embd] @ [n_embd, n_vocab] -> [n_seq, n_vocab]
 
 
-# How many tokens of a prompt run through the model at once. With fewer, matrix products are slower;
-# with more, the intermediate results take more memory, and nothing is faster.
-PREFILL_PIECE = 192
+# How many tokens of a prompt run through the model at once. Attention computes n_seq x n_seq scores
+# per head, so without chunks, a long prompt takes more memory, and time to fetch it.
+CHUNK = 384
 
 
 def stream(inputs, params, n_head, n_tokens_to_generate):
-    """Greedy generation: yield the most likely next token (lowest id on ties), again and again.
+    """Greedy generation: repeatedly yield the most likely next token (lowest id on ties).
 
-    The model gives one token at a time, and each depends on all tokens before it, so a text can
-    only be written from left to right, with one run of the model per token.
+    The same tokens as with the loop at the top of this file, but with a cache.
 
     inputs: a list of token ids, at least one. params: the weights, as in `gpt2`. Yields
-    n_tokens_to_generate ids, ints, each as soon as it is known.
-    Raises IndexError when the context of n_ctx tokens is full.
+    n_tokens_to_generate ids, ints, each before the next one is computed.
+    Raises ValueError if there are no inputs, IndexError when the context of n_ctx tokens is full.
     """
-    n_embd = params["wpe"].shape[1]
-    room = len(inputs) + n_tokens_to_generate
-    kvcache = np.empty((len(params["blocks"]), 2, n_head, room, n_embd // n_head), np.float32)
-    n_past = 0  # how many tokens are in the cache
-    pending = inputs  # the tokens that are not in the cache yet: first the whole prompt (prefill)
-    for _ in range(n_tokens_to_generate):
-        starts = range(0, len(pending), PREFILL_PIECE)
-        # in prefill, a progress bar appears after 1 second
-        for start in tqdm(starts, "prompt", leave=False, delay=1, disable=n_past > 0):
-            piece = pending[start : start + PREFILL_PIECE]
-            logits = gpt2(piece, **params, n_head=n_head, kvcache=kvcache, n_past=n_past)
-            n_past += len(piece)
-        pending = [int(np.argmax(logits[-1]))]  # then only the newest token (decode)
-        yield pending[0]
+    n_ctx, n_embd = params["wpe"].shape
+    capacity = min(len(inputs) + n_tokens_to_generate, n_ctx)
+    # np.empty does not initialize the array; each entry is written before it is read
+    kvcache = np.empty((len(params["blocks"]), 2, n_head, capacity, n_embd // n_head), np.float32)
+
+    # prefill: run all inputs but the last, only to fill the cache. (The loop below could do that,
+    # too, but one matrix product for many tokens is faster than a product for each of them)
+    *past, token = inputs
+    for n_past in range(0, len(past), CHUNK):
+        gpt2(past[n_past : n_past + CHUNK], **params, n_head=n_head, kvcache=kvcache, n_past=n_past)
+
+    # decode: feed one token, get the next
+    for n_past in range(len(past), len(past) + n_tokens_to_generate):
+        logits = gpt2([token], **params, n_head=n_head, kvcache=kvcache, n_past=n_past)
+        token = int(np.argmax(logits[-1]))  # softmax would not change which one is the largest
+        yield token
+
+
+# Two functions for programs that import this file; the command line does not call them.
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate):
@@ -209,8 +243,9 @@ def main(
     """Continue a text with GPT-2.
 
     Args:
-        prompt: the text to continue; if it is empty, the model begins a new text.
-        n_tokens_to_generate: how many tokens to add; with the prompt, at most 1024 (toy: 256).
+        prompt: the text to continue, in quotation marks. If it begins with "-", write
+            --prompt="-...". If it is empty, the model begins a new text.
+        n_tokens_to_generate: how many tokens to add; with the prompt, at most 1024.
         model_size: 124M, 355M, 774M or 1558M; downloaded when first used.
         models_dir: where the models are kept, each in a folder named after its size.
 
@@ -218,28 +253,35 @@ def main(
         The new text, without the prompt.
 
     Raises:
-        UserError (a ValueError) or OSError: something the user can fix.
+        UserError (a ValueError), OSError or ImportError: something the user can fix.
     """
     return "".join(stream_text(prompt, n_tokens_to_generate, model_size, models_dir))
 
 
-def stream_text(prompt, n_tokens_to_generate, model_size, models_dir, hide_bar=False):
-    """Yield the text that `main` returns, piece by piece, while the model generates it.
+def stream_text(prompt, n_tokens_to_generate, model_size, models_dir):
+    """Yield the text that `main` returns, piece by piece. Raises what `main` raises.
 
-    hide_bar: show no bar for the new tokens. Raises what `main` raises.
+    This is a chain of generators: the text of each token is yielded before the next is computed.
     """
-    from utils import check_n_tokens, load_encoder_hparams_and_params
+    from utils import UserError, load_encoder_hparams_and_params
 
-    n_new = check_n_tokens(n_tokens_to_generate)  # before anything is downloaded
+    if not str(n_tokens_to_generate).isdecimal():  # before anything is downloaded
+        raise UserError(f"{n_tokens_to_generate!r} is not a token count: is the prompt in quotes?")
+    n_new = int(n_tokens_to_generate)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     # an empty prompt becomes the separator between training documents
-    input_ids = encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]]
-    check_n_tokens(n_new, len(input_ids), hparams["n_ctx"])
-    ids = stream(input_ids, params, hparams["n_head"], n_new)
-    yield from encoder.decode_each(tqdm(ids, "generating", n_new, disable=hide_bar))
+    ids = encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]]
+    if len(ids) + n_new > hparams["n_ctx"]:
+        counts = f"the prompt has {len(ids)} tokens; {n_new} more"
+        raise UserError(f"{counts} would exceed the context of {hparams['n_ctx']}")
+    yield from encoder.decode_each(stream(ids, params, hparams["n_head"], n_new))
 
 
 if __name__ == "__main__":
-    from utils import run_command_line
+    from utils import one_line_errors, parse_arguments
 
-    run_command_line(main, stream_text)
+    # what `main` does, but each piece of text is printed as soon as it is generated
+    with one_line_errors():
+        for piece in stream_text(*parse_arguments(main)):
+            print(piece, end="", flush=True)
+        print(flush=True)

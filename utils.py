@@ -1,42 +1,54 @@
-"""Everything around the model: the checkpoint, its download, the command line, errors.
+"""Everything around the model: its files and the command line. None of it is GPT-2.
 
-`load_encoder_hparams_and_params` is the entry point of a program that uses the model. In each
-section, a function is followed by those that it calls.
+gpt2.py calls `load_encoder_hparams_and_params`, which calls `download_gpt2_files`, `get_encoder` of
+encoder.py and `load_gpt2_params_from_tf_ckpt`. The program at the end of gpt2.py also calls
+`parse_arguments` and `one_line_errors`. Each function is followed by those that it calls.
 """
 
 import contextlib
 import functools
-import itertools
 import json
 import os
-import re
-import signal
 import sys
-import time
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 from tqdm import tqdm
 
 from encoder import get_encoder
 
+SIZES = ("124M", "355M", "774M", "1558M")
+URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
+VOCABULARY = ("encoder.json", "hparams.json", "vocab.bpe")
+WEIGHTS = ("model.ckpt.meta", "model.ckpt.data-00000-of-00001", "model.ckpt.index", "checkpoint")
+
+
+class UserError(ValueError):
+    """An error the user can fix: the command line prints its message instead of a traceback."""
+
 
 def load_encoder_hparams_and_params(model_size, models_dir):
     """Load everything `gpt2.generate` needs: an Encoder, the hparams dict and the params dict.
 
     hparams are the hyperparameters: n_vocab, n_ctx, n_embd, n_head and n_layer. params are the
-    weights, in the tree that `gpt2.gpt2` takes.
-    model_size: 124M, 355M, 774M or 1558M. Its files are in <models_dir>/<model_size>; missing ones
-    are downloaded first. Raises UserError (a ValueError) or OSError.
+    weights, in the tree that `gpt2.gpt2` takes. model_size: 124M, 355M, 774M or 1558M. Its files
+    are in <models_dir>/<model_size>; missing ones are downloaded first.
+    Raises UserError (a ValueError), OSError, or ImportError if TensorFlow cannot be imported.
     """
-    model_dir = os.path.join(os.path.expanduser(models_dir), str(model_size))
+    if model_size not in SIZES:
+        raise UserError(f"model_size must be one of {', '.join(SIZES)}, not {model_size!r}")
+    model_dir = Path(models_dir).expanduser() / model_size
     download_gpt2_files(model_size, model_dir)
-    with damage_reported(f"{model_dir}/encoder.json or vocab.bpe"):
-        encoder = get_encoder(model_size, os.path.dirname(model_dir))
-    with damage_reported(f"{model_dir}/hparams.json"):
-        hparams = dict(json.loads(Path(model_dir, "hparams.json").read_text("utf-8")))
-    hparams["n_vocab"] = len(encoder.encoder)  # so the weights must fit the vocabulary, too
-    return encoder, hparams, load_gpt2_params_from_tf_ckpt(checkpoint_prefix(model_dir), hparams)
+    try:
+        encoder = get_encoder(model_size, model_dir.parent)
+        hparams = json.loads((model_dir / "hparams.json").read_text("utf-8"))
+        if hparams["n_vocab"] != len(encoder.encoder) or hparams["n_embd"] % hparams["n_head"]:
+            raise ValueError(f"hparams.json is not a GPT-2's with this vocabulary: {hparams}")
+        return encoder, hparams, load_gpt2_params_from_tf_ckpt(ckpt_prefix(model_dir), hparams)
+    # what a missing file, or the contents of a damaged or foreign one, can raise
+    except (ValueError, TypeError, LookupError, ArithmeticError, FileNotFoundError) as error:
+        advice = "if its files are OpenAI's, delete it to download them again"
+        raise UserError(f"cannot load {model_dir} ({error}); {advice}") from error
 
 
 # ---- Checkpoint ------------------------------------------------------------------------------
@@ -46,330 +58,203 @@ def load_encoder_hparams_and_params(model_size, models_dir):
 # model.ckpt.index                  the names, shapes and checksums of the variables
 # model.ckpt.data-00000-of-00001    their values; in OpenAI's, float32 arrays one after another
 #
-# "model.ckpt" is called the prefix. tests/textbook.py loads such a checkpoint in the plainest way.
+# "model.ckpt" is called the prefix.
 
-DATA = ".data-00000-of-00001"
+ENDINGS = ("/wte", "/wpe", "/w", "/b", "/g")  # of GPT-2's weights; not of model/wte/Adam
 
 
-def checkpoint_prefix(model_dir):
-    """Find the checkpoint in model_dir. Returns its prefix, as in models/124M/model.ckpt.
+def ckpt_prefix(model_dir):
+    """Return the prefix of the checkpoint in model_dir that the file `checkpoint` names.
 
-    Its name is in the file `checkpoint`, perhaps with the folder in which it was once saved.
-    Without that file, the index tells the name; without an index, it is OpenAI's. Raises UserError
-    or OSError, also for several indexes without that file.
+    If it also names the folder in which the checkpoint was once saved, that is ignored.
     """
-    path = Path(model_dir, "checkpoint")
-    indexes = [*path.parent.glob("*.index")] or [path.with_name("model.ckpt.index")]
-    if len(indexes) == 1 and not path.exists():
-        return indexes[0].with_suffix("")
-    with damage_reported(path):
-        # the first string in quotes, without folders
-        return path.with_name(re.search(r': "(?:[^"]*[/\\])?([^"]+)"', path.read_text("utf-8"))[1])
+    lines = (model_dir / "checkpoint").read_text("utf-8").splitlines()
+    path = [line for line in lines if line.startswith("model_checkpoint_path:")][-1].split('"')[1]
+    return model_dir / PureWindowsPath(path).name  # the part after the last "/" or "\"
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     """Load the weights as `gpt2.gpt2` takes them: nested dicts of float32 arrays.
 
-    tf_ckpt_path: the prefix. hparams: n_vocab, n_ctx, n_embd, n_head, n_layer.
-    Raises UserError if the checkpoint is damaged or has other sizes than hparams, OSError if it
-    cannot be opened.
+    tf_ckpt_path: the prefix. hparams: n_vocab, n_ctx, n_embd, n_layer.
+    Raises ValueError if the checkpoint is damaged or does not fit hparams, OSError if it cannot be
+    opened, ImportError if TensorFlow is needed and cannot be imported.
 
-    Reading OpenAI's data file takes hardly any time or memory, because it can be memory-mapped: its
-    arrays are in the order of their names. To be sure, the first run also reads each array with
-    TensorFlow, and compares. If all are equal, it saves a note with the shapes and a fingerprint of
-    the checkpoint. While that still matches, TensorFlow is not needed. (Damage that leaves size and
-    modification time unchanged goes unnoticed.) Other files, such as those with an optimizer's
-    arrays, are read with TensorFlow every time. (The index says where each array is, but in a
-    binary format that only TensorFlow reads: parsing it would take more code than this.)
+    OpenAI's data file can be memory-mapped, which takes hardly any time or memory: it holds the
+    weights one after another, in the order of their names. The first run reads them with TensorFlow
+    as well. If they are equal, it writes the size and modification time of the data file to
+    <prefix>.verified, and while those stay the same, later runs do without TensorFlow. Checkpoints
+    that cannot be mapped (an optimizer's variables, float16, several shards) need it at every run.
 
     The arrays can be changed: the map is copy-on-write, so the file stays as it is.
     """
-    # On Linux, malloc returns a large block to the system when it is freed, and from then on keeps
-    # all blocks up to that size (at most 32 MiB) for the next array. So free one: it saves a fifth
-    # of the time of a 900-token prompt (124M, on one machine)
-    np.empty(2**25 - 2**16, np.uint8)
-    open(f"{tf_ckpt_path}.index", "rb").close()  # raises OSError if there is no checkpoint
-    arrays = map_as_noted(tf_ckpt_path) or read_with_tensorflow(tf_ckpt_path)
-    with damage_reported(f"{tf_ckpt_path} or hparams.json"):
-        params = nest(arrays)
-        sizes = {"n_vocab": len(params["wte"]), "n_layer": len(params["blocks"])}
-        sizes["n_ctx"], sizes["n_embd"] = params["wpe"].shape
-        if not sizes.items() <= hparams.items() or hparams["n_embd"] % hparams["n_head"]:
-            raise ValueError(f"the sizes of the weights are {sizes}, but hparams are {hparams}")
-    return params
+    shapes = weight_shapes(*[hparams[name] for name in ("n_vocab", "n_ctx", "n_embd", "n_layer")])
+    data = Path(f"{tf_ckpt_path}.data-00000-of-00001")
+    verified = Path(f"{tf_ckpt_path}.verified")
+    mapped = map_weights(data, shapes)
+    stamp = f"{data.stat().st_size} {data.stat().st_mtime_ns}" if mapped else "not mapped"
+    if mapped and verified.is_file() and verified.read_text() == stamp:
+        return nest(mapped, hparams["n_layer"])
+    weights = read_with_tensorflow(tf_ckpt_path, shapes, mapped)
+    if all(weights[name] is mapped.get(name) for name in shapes):
+        with contextlib.suppress(OSError):  # a read-only folder
+            verified.write_text(stamp)
+    return nest(weights, hparams["n_layer"])
 
 
-def map_as_noted(prefix):
-    """Memory-map the arrays, if a note of an earlier run says that this is right: {name: array}.
+def weight_shapes(n_vocab, n_ctx, n_embd, n_layer):
+    """Return {name: shape} of GPT-2's weights, sorted by name, which is the order of the data file.
 
-    Returns None if no note fits.
+    (So h10 comes before h2.) In the checkpoint, each "w" has an extra first axis of length 1.
     """
-    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
-        note = json.loads(Path(f"{prefix}.mapped").read_text("utf-8"))
-        return map_arrays(prefix, note[fingerprint(prefix)])
+    shapes = {"model/wte": (n_vocab, n_embd), "model/wpe": (n_ctx, n_embd)}
+    for h in [f"model/h{i}" for i in range(n_layer)]:
+        shapes |= {f"{h}/ln_1/g": (n_embd,), f"{h}/ln_1/b": (n_embd,)}
+        shapes |= {f"{h}/attn/c_attn/w": (n_embd, 3 * n_embd), f"{h}/attn/c_attn/b": (3 * n_embd,)}
+        shapes |= {f"{h}/attn/c_proj/w": (n_embd, n_embd), f"{h}/attn/c_proj/b": (n_embd,)}
+        shapes |= {f"{h}/ln_2/g": (n_embd,), f"{h}/ln_2/b": (n_embd,)}
+        shapes |= {f"{h}/mlp/c_fc/w": (n_embd, 4 * n_embd), f"{h}/mlp/c_fc/b": (4 * n_embd,)}
+        shapes |= {f"{h}/mlp/c_proj/w": (4 * n_embd, n_embd), f"{h}/mlp/c_proj/b": (n_embd,)}
+    shapes |= {"model/ln_f/g": (n_embd,), "model/ln_f/b": (n_embd,)}
+    return dict(sorted(shapes.items()))
 
 
-def fingerprint(prefix):
-    """Identify a checkpoint. A copy that keeps the modification time has the same fingerprint.
-
-    (Copying may round the time to seconds.) The index has the CRC of every array. Raises OSError.
-    """
-    index = Path(f"{prefix}.index").read_bytes().hex()
-    return f"{file_size(f'{prefix}{DATA}')} {int(os.path.getmtime(f'{prefix}{DATA}'))} {index}"
-
-
-def map_arrays(prefix, shapes):
-    """Memory-map the data file and cut it into arrays of these shapes: {name: array}.
-
-    Returns {} if the file is not exactly as long as the arrays. Raises OSError.
-    """
+def map_weights(path, shapes):
+    """Memory-map a data file and cut it into {name: array}, or {} if its length does not fit."""
     sizes = [np.prod(shape, dtype=np.int64) for shape in shapes.values()]
-    if file_size(f"{prefix}{DATA}") != 4 * sum(sizes):  # bytes per float32
+    if not path.exists() or path.stat().st_size != 4 * sum(sizes):  # 4 bytes per float32
         return {}
-    data = np.memmap(f"{prefix}{DATA}", np.float32, "c")  # copy-on-write
-    parts = np.split(np.asarray(data), np.cumsum(sizes)[:-1])
-    return {name: part.reshape(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+    data = np.memmap(path, np.float32, mode="c")  # copy-on-write
+    pieces = np.split(np.asarray(data), np.cumsum(sizes)[:-1])
+    return {name: piece.reshape(shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}
 
 
-def read_with_tensorflow(prefix):
-    """Read the arrays with TensorFlow, which verifies their checksums: {name: array}.
+def read_with_tensorflow(prefix, shapes, mapped):
+    """Read the weights with TensorFlow, which verifies their checksums: {name: array}.
 
-    Those that can be memory-mapped are, to save memory. Saves the note for later runs, which is
-    empty if any array cannot be mapped. Raises UserError or OSError.
+    Weights that are equal to the mapped ones are replaced by those, to save memory. Raises
+    ValueError if the checkpoint is damaged or has other weights, ImportError without TensorFlow.
     """
     print(f"reading {prefix} with TensorFlow", file=sys.stderr)  # importing it takes seconds
-    import tensorflow as tf
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    try:
+        import tensorflow as tf
+    except Exception as error:  # a broken installation can raise anything
+        raise ImportError(f"cannot import TensorFlow: {error}") from error
+    try:
+        reader = tf.train.load_checkpoint(str(prefix))
+        stored = reader.get_variable_to_shape_map().items()
+        weights = {name: tuple(shape[-2:]) for name, shape in stored if name.endswith(ENDINGS)}
+        if weights != shapes:
+            raise ValueError(f"not a GPT-2 of this size: {min(weights.items() ^ shapes.items())}")
+        for name, shape in tqdm(shapes.items(), "reading"):
+            array = np.asarray(reader.get_tensor(name), np.float32).reshape(shape)
+            weights[name] = mapped[name] if np.array_equal(array, mapped.get(name)) else array
+    except tf.errors.OpError as error:
+        raise ValueError(error.message) from error
+    return weights
 
-    with damage_reported(prefix, (tf.errors.OpError, ValueError, LookupError)):
-        reader = tf.compat.v1.train.NewCheckpointReader(str(prefix))
-        shapes = sorted(reader.get_variable_to_shape_map().items())  # as in OpenAI's data file
-        # only GPT-2's, not an optimizer's, such as model/wte/Adam
-        shapes = {n: shape for n, shape in shapes if re.fullmatch("model/(w[tp]e|.*/[gbw])", n)}
-        mapped = map_arrays(prefix, shapes)
-        read = ((n, np.asarray(reader.get_tensor(n), np.float32)) for n in tqdm(shapes, "reading"))
-        different = {n: array for n, array in read if not np.array_equal(array, mapped.get(n))}
-    note = {} if different else {fingerprint(prefix): shapes}
-    with contextlib.suppress(OSError):  # a read-only folder
-        Path(f"{prefix}.mapped").write_text(json.dumps(note))
-    return mapped | different
 
+def nest(weights, n_layer):
+    """Turn {name: array} into the tree of params.
 
-def nest(arrays):
-    """Build the tree of params from {name: array}.
-
-    For instance, "model/h0/attn/c_attn/w", [1, n_in, n_out] in OpenAI's checkpoint, becomes
-    params["blocks"][0]["attn"]["c_attn"]["w"], [n_in, n_out].
+    weights["model/h0/attn/c_attn/w"] becomes params["blocks"][0]["attn"]["c_attn"]["w"].
     """
     params = {}
-    for name, array in arrays.items():
+    for name, array in weights.items():
+        _model, *groups, last = name.split("/")
         group = params
-        for key in name.split("/")[1:-1]:
+        for key in groups:
             group = group.setdefault(key, {})
-        group[name.split("/")[-1]] = array.reshape(array.shape[-2:])
-    params["blocks"] = [params.pop(f"h{i}") for i in range(len(params) - 3)]  # not wte, wpe, ln_f
+        group[last] = array
+    params["blocks"] = [params.pop(f"h{i}") for i in range(n_layer)]
     return params
 
 
 # ---- Download --------------------------------------------------------------------------------
 
-SIZES = ("124M", "355M", "774M", "1558M")
-URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
-# in download order
-FILES = ["encoder.json", "hparams.json", "vocab.bpe", "checkpoint"]
-FILES += ["model.ckpt.meta", f"model.ckpt{DATA}", "model.ckpt.index"]
-
 
 def download_gpt2_files(model_size, model_dir):
     """Download whichever of OpenAI's seven files are missing from the folder model_dir.
 
-    If it has a complete checkpoint, or names one of the user's own, only the vocabulary and
-    hparams.json are downloaded. Raises UserError (a ValueError) or OSError.
+    `checkpoint` comes last. So if it is there, the weights are complete, or are the user's own, and
+    only encoder.json, hparams.json and vocab.bpe are downloaded. Raises UserError or OSError.
     """
-    if model_size not in SIZES:
-        raise UsageError(f"model_size must be one of {', '.join(SIZES)}, not {model_size!r}")
-    os.makedirs(model_dir, exist_ok=True)
-    prefix = checkpoint_prefix(model_dir)
-    has_data = any(Path(model_dir).glob("model.ckpt.data-*[0-9]"))  # not the partial file
-    is_complete = has_data and os.path.exists(f"{prefix}.index")
-    for name in FILES[:3] if is_complete or os.path.basename(prefix) != "model.ckpt" else FILES:
-        download_file(f"{URL}/{model_size}/{name}", os.path.join(model_dir, name))
+    Path(model_dir).mkdir(parents=True, exist_ok=True)
+    for name in VOCABULARY if Path(model_dir, "checkpoint").exists() else VOCABULARY + WEIGHTS:
+        download_file(f"{URL}/{model_size}/{name}", Path(model_dir, name))
 
 
 def download_file(url, path):
     """Download url to the partial file <path>.part, and rename it to path when it is complete.
 
-    An interrupted download is resumed. Several processes may download the same file at once: all
-    write the same bytes to the same positions, and none leaves a gap. Raises UserError after four
-    attempts in a row without progress, or at once if trying again cannot help.
+    If the connection breaks, the rest is requested, as long as bytes come. A later run resumes it.
+    Two processes can download the same file: they write the same bytes to the same positions.
     """
-    part = f"{path}.part"
-    sizes = [0]  # of the partial file after each attempt
-    while not os.path.exists(path):
-        print(f"downloading {url}", file=sys.stderr)
+    part = path.with_name(f"{path.name}.part")
+    while not path.exists():
+        part.touch()
+        size = part.stat().st_size
         try:
             fetch_rest(url, part)
-            os.replace(part, path)
-        except (OSError, ValueError) as error:  # from the network or the disk; a malformed reply
-            sizes.append(file_size(part))
-            failures = len(sizes) - 1 - sizes.index(max(sizes))  # attempts since it last grew
-            if failures == 4 or isinstance(error, UserError):
-                raise UserError(f"cannot download {url} ({error}); rerun to resume")
-            time.sleep(failures)
-
-
-def file_size(path):
-    """Return the size of a file in bytes, or 0 if there is none."""
-    return os.path.getsize(path) if os.path.exists(path) else 0
+            part.replace(path)
+        except OSError as err:
+            if not path.exists() and part.stat().st_size == size:
+                raise UserError(f"cannot download {path.name} ({err}); rerun to resume") from err
 
 
 def fetch_rest(url, part):
-    """Request the rest of url, which the partial file lacks, and write it there.
-
-    The request starts one byte early: the rest of a complete file would be empty, which is an error
-    in HTTP. Raises UserError if trying again cannot help, OSError or ValueError if it may.
-    """
-    Path(part).touch()  # before the slow import, during which another process may complete it
+    """Request the rest of url, which the partial file lacks, and write it there. Raises OSError."""
     import requests
 
     with open(part, "r+b") as file:
-        start = max(file.seek(0, os.SEEK_END) - 1, 0)
-        # a compressed file could not be resumed
+        # one byte early: the rest of a complete file would be empty, which is an error in HTTP
+        start = file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
         headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}
-        with requests.get(url, headers=headers, stream=True, timeout=(5, 10)) as reply:  # seconds
-            if reply.status_code != 416:
-                check_reply(reply, start)
-                return write_body(reply, file, start if reply.status_code == 206 else 0)
-    os.remove(part)  # closed before, for Windows
-    raise OSError("416: the partial file was too long")
-
-
-def check_reply(reply, start):
-    """Check that a reply has the whole file (200) or the bytes from `start` on (206).
-
-    Raises UserError if trying again cannot help, OSError if it may.
-    """
-    is_rest = reply.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-    if reply.status_code != 200 and not (reply.status_code == 206 and is_rest):
-        # 206: the wrong part of the file, 408: timeout, 429: too many requests, 5xx: server error
-        kind = OSError if reply.status_code in (206, 408, 429, *range(500, 600)) else UserError
-        raise kind(f"{reply.status_code} {reply.reason}")
-    if "html" in reply.headers.get("Content-Type", "").lower():
-        raise UserError("got a web page instead of the file: a login or proxy page?")
-
-
-def write_body(reply, file, start):
-    """Write the body of a reply to the file, from position `start` on, with a progress bar.
-
-    Raises OSError if the connection breaks, the disk is full, or the size is not what it should be:
-    another process may have completed and renamed the file meanwhile, and a third begun it anew.
-    """
-    header = reply.headers.get("Content-Range") or reply.headers.get("Content-Length", "")
-    total = int(re.search(r"\d*$", header)[0] or 0)  # the 10 of "bytes 5-9/10" or of "10"
-    with tqdm(total=total, initial=start, unit="B", unit_scale=True) as bar:
-        file.seek(start)
-        for piece in reply.iter_content(8192):
-            bar.update(file.write(piece))
-    file.flush()
-    total = total or (file.tell() if reply.raw.chunked else 0)  # chunked: no size
-    if not 0 < total == file.tell() == file_size(file.name):
-        raise OSError(f"got {file.tell():,} of {total:,} bytes; {file_size(file.name):,} on disk")
+        # with auth, requests does not send a password from ~/.netrc: OpenAI's server refuses any
+        with requests.get(url, headers=headers, auth=lambda r: r, stream=True, timeout=10) as reply:
+            if reply.status_code != 206:  # 200 is the whole file, or the page of a login or a proxy
+                raise OSError(f"got {reply.status_code} {reply.reason} instead of the file")
+            total = int(reply.headers["Content-Range"].rpartition("/")[2])
+            with tqdm(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True) as bar:
+                for chunk in reply.iter_content(8192):
+                    bar.update(file.write(chunk))
+    if part.stat().st_size != total:
+        raise OSError(f"got {part.stat().st_size:,} of {total:,} bytes")
 
 
 # ---- Command line ----------------------------------------------------------------------------
 
-USAGE = '; usage: python gpt2.py "PROMPT" [--OPTION=VALUE ...]; --prompt="..." takes any text'
 
+def parse_arguments(main):
+    """Return the arguments of the command line as a list, in the order of main's parameters.
 
-def run_command_line(main, stream_text):
-    """Print the text that main returns for the arguments of the command line, as it is generated.
-
-    main has the parameters and the help. stream_text takes the same, and whether to hide the
-    progress bar, and yields the text in pieces.
-    An error the user can fix becomes one line on stderr and exit status 1, or 0 in IPython and
-    Jupyter, which then do not show it as an exception.
-    """
-    # silence TensorFlow and oneDNN, unless the user wants to see their messages
-    os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"} | os.environ
-    in_session = hasattr(sys, "ps1") or sys.flags.interactive
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is signal.default_int_handler and not in_session:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program without a traceback
-    try:
-        for piece in call(main, stream_text, sys.argv[1:]):
-            print_piece(piece)
-    except (UserError, OSError, MemoryError) as error:
-        line = " ".join(str(error).split()) or "out of memory"
-        print(line + USAGE * isinstance(error, UsageError), file=sys.stderr)
-        sys.exit(0 if in_session else 1)
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
-def call(main, stream_text, arguments):
-    """Parse the arguments and call stream_text. Returns its pieces of text, or those of the help.
-
-    Raises UsageError for a missing, unknown or extra argument, and for an option without a value.
+    Fire checks them against main's signature, and shows its docstring as the help.
     """
     import fire
 
-    if {"-h", "--help"} & set(arguments):
-        return [fire.helptext.HelpText(main, trace=fire.trace.FireTrace(main, "gpt2.py")), "\n"]
-    for argument, following in itertools.pairwise([*arguments, "--"]):
-        if re.fullmatch("(--|-[a-zA-Z])[^=]*", argument) and re.match("--|-[a-zA-Z]", following):
-            raise UsageError(f"{argument} needs a value")  # Fire would set it to True
-    # on a terminal or in a notebook, the progress bar would run through the text
-    hide = os.isatty(1) or hasattr(sys, "ps1")
-    # Fire finds extra arguments only after the call; by then, a generator has not begun yet
-    run = functools.wraps(main)(lambda *values: itertools.chain(stream_text(*values, hide), "\n"))
-    fire.decorators.SetParseFn(str)(run)  # the prompt "12345" is not a number
-    try:
-        with open(os.devnull, "w", errors="replace") as null, contextlib.redirect_stderr(null):
-            # by default, Fire takes the prompt "-" as a separator between two calls
-            return fire.Fire(run, [*arguments, "--", "--separator=\0"], serialize=lambda _: None)
-    except fire.core.FireExit as error:
-        raise UsageError(error.trace.elements[-1].ErrorAsStr()) from None
-
-
-def check_n_tokens(n_new, n_seq=0, n_ctx=float("inf")):
-    """Return n_new (an integer >= 0, or its digits) as an int.
-
-    Raises UserError if it is not one, or if n_seq tokens of a prompt and n_new more exceed n_ctx.
-    """
-    if not re.fullmatch("[0-9]{1,4300}", str(n_new)):  # int() takes no more digits
-        raise UsageError(f"n_tokens_to_generate must be a whole number, not {n_new!r}")
-    if n_seq + int(n_new) > n_ctx:
-        raise UserError(f"{n_seq} prompt tokens and {n_new} new ones exceed the context of {n_ctx}")
-    return int(n_new)
-
-
-def print_piece(text):
-    """Print a piece of text at once. What stdout cannot show becomes "?"."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    text = text.encode(encoding, "replace").decode(encoding)
-    try:
-        print(text, end="", flush=hasattr(sys.stdout, "flush"))
-    except OSError as error:
-        # Python flushes stdout at exit, and would fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        # a broken pipe: its reader has gone, as in `... | head`
-        sys.exit(None if isinstance(error, BrokenPipeError) else f"cannot print the text ({error})")
-
-
-# ---- Errors ----------------------------------------------------------------------------------
-
-
-class UserError(ValueError):
-    """An error the user can fix: the command line prints its message instead of a traceback."""
-
-
-class UsageError(UserError):
-    """A mistake in the arguments: the command line also prints its usage."""
+    arguments = []
+    # what Fire calls instead of main; wraps gives it main's signature and docstring
+    record = functools.wraps(main)(lambda *values: arguments.extend(values))
+    fire.core.parser.DefaultParseValue = str  # every argument is text: 12345 is not a number
+    fire.Fire(record)
+    return arguments
 
 
 @contextlib.contextmanager
-def damage_reported(path, errors=(ValueError, TypeError, LookupError, ArithmeticError)):
-    """Re-raise the errors that a file's contents can cause as a UserError that names the file."""
+def one_line_errors():
+    """Print an error that the user can fix as one line, and exit with status 1."""
+    if hasattr(sys.stdout, "reconfigure"):  # Jupyter's stdout has no encoding to care for
+        sys.stdout.reconfigure(errors="replace")  # "?" for what it cannot encode
     try:
         yield
-    except errors as error:
-        raise UserError(f"cannot read {path} ({error}); if damaged, move it and rerun") from error
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError, MemoryError, ImportError) as error:
+        try:
+            sys.stdout.flush()
+        except OSError:  # stdout itself has failed, and would again when Python flushes it at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # its reader has gone, as in `... | head`
+            sys.exit(" ".join(str(error).split()) or "out of memory")

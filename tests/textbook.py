@@ -1,11 +1,13 @@
-"""GPT-2 as a textbook would write it: plain loops and float64, no cache.
+"""GPT-2 in plain loops: the functions of gpt2.py again, for one row of numbers at a time.
 
-The simplest file of the project. It shares no code with gpt2.py and utils.py, and the tests check
-those against it.
+gpt2.py is made of matrices: x has one row per token. Here, a token is that row, a list of tokens is
+a list of rows, and a function that has `x` in gpt2.py takes one `row`, or all `rows` if tokens look
+at each other (the first of these is mha). There is no mask: token i is simply not shown any later
+tokens. There is no cache. So where a line of gpt2.py is hard to picture, read it here.
 
-The tree of params, with all shapes, is in the docstring of gpt2.gpt2. A linear layer is a dict
-{"w": weights, "b": bias}, a layer norm is {"g": gain, "b": bias}. So if c_fc is a linear layer,
-textbook_linear(row, **c_fc) means textbook_linear(row, w=c_fc["w"], b=c_fc["b"]).
+    python tests/textbook.py
+
+shows what happens inside the toy while it continues a line of its poem.
 """
 
 import math
@@ -13,100 +15,141 @@ import math
 import numpy as np
 
 
-def textbook_gpt2(inputs, params, n_head):
-    """Token ids [n_seq] -> logits, float64 [n_seq, n_vocab]."""
-    params = to_float64(params)
-    rows = [params["wte"][token] + params["wpe"][position] for position, token in enumerate(inputs)]
-    for block in params["blocks"]:
-        rows = textbook_block(rows, block, n_head)
-    rows = [textbook_layer_norm(row, **params["ln_f"]) for row in rows]
-    return np.array([params["wte"] @ row for row in rows])
+def gelu(number):
+    """A number -> about the number times the probability that a normal variable is smaller."""
+    inner = math.sqrt(2 / math.pi) * (number + 0.044715 * number**3)
+    return 0.5 * number * (1 + math.tanh(inner))
 
 
-def textbook_block(rows, block, n_head):
-    """One layer: attention, then the feed-forward network, for each row [n_embd]."""
-    queries, keys, values = [], [], []
-    for row in rows:
-        qkv = textbook_linear(textbook_layer_norm(row, **block["ln_1"]), **block["attn"]["c_attn"])
-        q, k, v = np.split(qkv, 3)
-        queries.append(q)
-        keys.append(k)
-        values.append(v)
-    outputs = []
-    for i, row in enumerate(rows):
-        # no token sees a later one; gpt2.py does this with a mask
-        heads = textbook_attention(queries[i], keys[: i + 1], values[: i + 1], n_head)
-        # residual connection: add to the row, instead of replacing it
-        row = row + textbook_linear(heads, **block["attn"]["c_proj"])
-        # feed-forward network: project up, GELU, project back down
-        hidden = textbook_linear(textbook_layer_norm(row, **block["ln_2"]), **block["mlp"]["c_fc"])
-        hidden = np.array([textbook_gelu(value) for value in hidden])
-        outputs.append(row + textbook_linear(hidden, **block["mlp"]["c_proj"]))
-    return outputs
-
-
-def textbook_attention(query, keys, values, n_head):
-    """For each head, average the values, weighted by softmax; then concatenate: [n_embd]."""
-    d = len(query) // n_head
-    heads = []
-    for head in range(n_head):
-        part = slice(head * d, (head + 1) * d)
-        # divided by sqrt(d), since a sum of d products becomes larger with d
-        scores = [query[part] @ key[part] / math.sqrt(d) for key in keys]
-        weights = textbook_softmax(scores)
-        heads.append(sum(w * value[part] for w, value in zip(weights, values, strict=True)))
-    return np.concatenate(heads)
-
-
-def textbook_softmax(scores):
+def softmax(scores):
     """A list of numbers -> a list of positive numbers whose sum is 1."""
-    exps = [math.exp(score) for score in scores]
-    return [exp / sum(exps) for exp in exps]
+    powers = [math.exp(score) for score in scores]
+    return [power / sum(powers) for power in powers]
 
 
-def textbook_linear(row, w, b):
-    """row [n_in], w [n_in, n_out], b [n_out] -> [n_out]."""
+def layer_norm(row, g, b):
+    """[n_embd] -> [n_embd], with mean 0 and variance 1 before g and b are applied."""
+    mean = sum(row) / len(row)
+    variance = sum((number - mean) ** 2 for number in row) / len(row)
+    normalized = [(number - mean) / math.sqrt(variance + 1e-5) for number in row]
+    return g * normalized + b
+
+
+def linear(row, w, b):
+    """[n_in] -> [n_out]. w: [n_in, n_out], b: [n_out]."""
     return row @ w + b
 
 
-def textbook_layer_norm(row, g, b):
-    """row [n_embd], g [n_embd], b [n_embd] -> [n_embd]."""
-    mean = sum(row) / len(row)
-    variance = sum((value - mean) ** 2 for value in row) / len(row)
-    return np.array([(value - mean) / math.sqrt(variance + 1e-5) for value in row]) * g + b
+def ffn(row, c_fc, c_proj):
+    """[n_embd] -> [n_embd], by way of four times as many numbers."""
+    hidden = linear(row, **c_fc)
+    hidden = np.array([gelu(number) for number in hidden])
+    return linear(hidden, **c_proj)
 
 
-def textbook_gelu(a):
-    """A number a -> about a times the probability that a standard normal variable is < a."""
-    return a / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
+def attention(query, keys, values):
+    """One query of one head: the average of the values, weighted by how well the keys match it."""
+    scores = [query @ key / math.sqrt(len(query)) for key in keys]
+    weights = softmax(scores)
+    return sum(weight * value for weight, value in zip(weights, values, strict=True))
 
 
-def to_float64(params):
-    """Convert all arrays, so that rounding errors here are negligible in a comparison."""
-    if isinstance(params, dict):
-        return {name: to_float64(value) for name, value in params.items()}
-    if isinstance(params, list):
-        return [to_float64(value) for value in params]
-    return np.asarray(params, np.float64)
+def mha(rows, c_attn, c_proj, n_head):
+    """A list of rows [n_embd] -> a list of as many rows [n_embd]."""
+    queries, keys, values = [], [], []
+    for row in rows:
+        query, key, value = np.split(linear(row, **c_attn), 3)
+        # cut each into n_head parts, one for each head
+        queries.append(np.split(query, n_head))
+        keys.append(np.split(key, n_head))
+        values.append(np.split(value, n_head))
+    outputs = []
+    for i in range(len(rows)):
+        heads = []
+        for head in range(n_head):
+            # token i sees the tokens up to itself: [: i + 1]
+            keys_of_head = [key[head] for key in keys[: i + 1]]
+            values_of_head = [value[head] for value in values[: i + 1]]
+            heads.append(attention(queries[i][head], keys_of_head, values_of_head))
+        outputs.append(linear(np.concatenate(heads), **c_proj))
+    return outputs
 
 
-# ---- The model ends here. This loads its weights ----------------------------------------------
+def transformer_block(rows, mlp, attn, ln_1, ln_2, n_head):
+    """One layer: a list of rows [n_embd] -> a list of as many rows [n_embd]."""
+    normalized = [layer_norm(row, **ln_1) for row in rows]
+    outputs = mha(normalized, **attn, n_head=n_head)
+    rows = [row + output for row, output in zip(rows, outputs, strict=True)]
+    return [row + ffn(layer_norm(row, **ln_2), **mlp) for row in rows]
 
 
-def textbook_load(prefix, n_layer):
-    """Load a TensorFlow checkpoint, such as models/124M/model.ckpt: the params of gpt2.gpt2.
+def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):
+    """A list of token ids -> a list of logits, [n_vocab] for each token.
 
-    A variable such as "model/h0/attn/c_attn/w" becomes params["blocks"][0]["attn"]["c_attn"]["w"].
+    wte is a row for each token of the vocabulary, wpe a row for each position. blocks is a list of
+    dicts, one for each layer, whose keys are the parameters of transformer_block. A linear layer is
+    a dict {"w": weights, "b": bias}, a layer norm is {"g": gain, "b": bias}.
     """
-    import tensorflow as tf
+    rows = [wte[token] + wpe[position] for position, token in enumerate(inputs)]
+    for block in blocks:
+        rows = transformer_block(rows, **block, n_head=n_head)
+    rows = [layer_norm(row, **ln_f) for row in rows]
+    return [wte @ row for row in rows]
 
-    params = {"blocks": [{} for _ in range(n_layer)]}
-    for name, _shape in tf.train.list_variables(prefix):
-        _model, *path, last = name.split("/")
-        group = params
-        for key in path:
-            is_layer = key.startswith("h")
-            group = params["blocks"][int(key[1:])] if is_layer else group.setdefault(key, {})
-        array = tf.train.load_variable(prefix, name)
-        group[last] = array[0] if last == "w" else array  # OpenAI's w are [1, n_in, n_out]
-    return params
+
+def generate(inputs, params, n_head, n_tokens_to_generate):
+    """Greedy generation: a list of the new ids."""
+    ids = list(inputs)
+    for _ in range(n_tokens_to_generate):
+        logits = gpt2(ids, **params, n_head=n_head)
+        ids.append(int(np.argmax(logits[-1])))
+    return ids[len(inputs) :]
+
+
+# ---- The model ends here. What follows shows the toy at work ---------------------------------
+
+
+def show(encoder, params, n_head, text):
+    """Print what happens inside the model when it reads this text, and writes 5 more tokens."""
+    ids = encoder.encode(text)
+    tokens = [encoder.decode([i]) for i in ids]
+    print("ids:   ", ids)
+    print("tokens:", tokens)
+
+    print("\nThe row of the last token, its first 6 of", params["wte"].shape[1], "numbers:")
+    rows = [params["wte"][i] + params["wpe"][position] for position, i in enumerate(ids)]
+    print("embedding    ", rows[-1][:6])
+    for i, block in enumerate(params["blocks"]):
+        rows_before = rows
+        rows = transformer_block(rows, **block, n_head=n_head)
+        print(f"after layer {i}", rows[-1][:6])
+
+    print(f"\nIn layer {i}, what each head of the last token looks at (its attention weights):")
+    qkv = [
+        linear(layer_norm(row, **block["ln_1"]), **block["attn"]["c_attn"]) for row in rows_before
+    ]
+    for head in range(n_head):
+        query = np.split(np.split(qkv[-1], 3)[0], n_head)[head]
+        keys = [np.split(np.split(row, 3)[1], n_head)[head] for row in qkv]
+        weights = softmax([query @ key / math.sqrt(len(query)) for key in keys])
+        print(f"head {head}:", *(f"{w:.2f}{t!r}" for w, t in zip(weights, tokens, strict=True)))
+
+    print("\nThe three most likely next tokens, again and again:")
+    for _ in range(5):
+        probabilities = softmax(gpt2(ids, **params, n_head=n_head)[-1])
+        best = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])[:3]
+        print(*(f"{probabilities[i]:.3f} {encoder.decode([i])!r:12}" for i in best))
+        ids.append(best[0])
+
+
+if __name__ == "__main__":
+    import pathlib
+    import sys
+
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+    from utils import load_encoder_hparams_and_params
+
+    models_dir = pathlib.Path(__file__).resolve().parent / "models"
+    encoder, hparams, params = load_encoder_hparams_and_params("124M", models_dir)
+    np.set_printoptions(precision=2, suppress=True)
+    show(encoder, params, hparams["n_head"], "Twas brillig, and the slithy")

@@ -1,4 +1,4 @@
-"""Draw the README's picture of attention: `python tests/draw_attention.py [FILE.png]`.
+"""Draw the README's picture of attention: `python tests/tools/draw_attention.py [FILE.png]`.
 
 Runs the toy model on one line of its poem, and shows the attention weights of the four heads of
 layer 1. (Layers and heads are counted from 0, as in the code.) Needs Matplotlib.
@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parents[1]))
 
 import gpt2
 from utils import load_encoder_hparams_and_params
@@ -55,7 +55,7 @@ def draw(weights, tokens, file):
 
 
 def main(file=HERE / "attention.png"):
-    encoder, hparams, params = load_encoder_hparams_and_params("124M", HERE / "models")
+    encoder, hparams, params = load_encoder_hparams_and_params("124M", HERE.parent / "models")
     ids = encoder.encode(TEXT)
     weights = attention_weights(ids, params, hparams["n_head"])
     draw(weights[LAYER], [f'"{encoder.decode([i])}"' for i in ids], file)

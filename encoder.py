@@ -16,8 +16,8 @@ import os
 import regex
 
 # What counts as a word. At each position, the first of these patterns that matches is used. (\p{L}
-# is any letter and \p{N} any digit of Unicode, \s is whitespace; (?!\S) matches where no character
-# other than whitespace follows.)
+# is any letter of Unicode, \p{N} any digit, \s any whitespace and \S anything else. (?!\S) makes
+# \s+ give back characters until whitespace, or nothing, follows.)
 #
 # "'(?:s|t|re|ve|m|ll|d)"   the end of a contraction, in lowercase: "don't" is "don" and "'t"
 # " ?\p{L}+"                letters, with the space before them, if any
@@ -92,8 +92,8 @@ class Encoder:
         """Split a word into tokens: "Ġlower" -> "Ġlow er".
 
         While any two adjacent symbols can be merged, merge the pair that was learned first (the one
-        with the lowest rank) wherever it occurs, from left to right. Later merges were learned from
-        texts in which the earlier ones had already been made, so this order makes their pairs.
+        with the lowest rank) wherever it occurs, from left to right. The order matters: each pair
+        was counted in a text in which all earlier pairs had been merged already.
 
         token: the whole word (OpenAI's name for it), in characters of `bytes_to_unicode`.
         Returns a string with spaces between the tokens, as OpenAI's `bpe` does.
@@ -134,8 +134,8 @@ class Encoder:
     def decode_each(self, ids):
         """Yield the text of each token id, as `decode` does for all of them together.
 
-        A token may end in the middle of a character. Its bytes are kept until the last one comes.
-        One more piece, usually empty, ends the text: a character that was never completed.
+        A token may end in the middle of a character: its bytes are kept until the last one comes.
+        The final piece is empty, unless the text ends in the middle of a character.
         """
         utf8 = codecs.getincrementaldecoder("utf-8")(self.errors)
         for i in ids:

@@ -23,7 +23,8 @@ a dict {"w": weights, "b": bias}, a layer norm is {"g": gain, "b": bias}. So if 
 layer, linear(x, **c_fc) is short for linear(x, w=c_fc["w"], b=c_fc["b"]).
 
 The model is described in "Language Models are Unsupervised Multitask Learners" (Radford et al.
-2019), and OpenAI's code is src/model.py. The papers of the building blocks are cited below.
+2019), and OpenAI's code is src/model.py. tests/textbook.py has the same functions in plain loops,
+one row at a time.
 """
 
 import math
@@ -39,14 +40,14 @@ def gelu(x):
     function between them, two linear layers would be no more than a single one. This is the tanh
     approximation of "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016), section 2.
     """
-    # math.sqrt returns a Python float. np.sqrt would return a float64 scalar, and NumPy 2 would
-    # compute everything from here on in float64, twice as slow. And x**3 is slower than x * x * x
+    # math.sqrt, not np.sqrt: its float64 scalar would make everything after it float64 in NumPy 2.
+    # And x * x * x, not x**3, which is much slower
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
 def softmax(x):
     """Turn scores into probabilities: positive, with a sum of 1 along the last axis. Any shape."""
-    # e to the power of each score. Subtracting the largest one cancels out, but prevents overflow
+    # e^(x - max) = e^x / e^max, and e^max cancels out below; but without it, e^x could overflow
     powers = np.exp(x - np.max(x, axis=-1, keepdims=True))
     return powers / np.sum(powers, axis=-1, keepdims=True)
 
@@ -86,41 +87,42 @@ def ffn(x, c_fc, c_proj):
 def attention(q, k, v, mask):
     """Scaled dot-product attention: softmax(q k^T / sqrt(d_k) + mask) v.
 
-    Each query is compared with every key. The result is the average of the values, weighted by how
-    well query and key match. The mask is added to the scores: 0 keeps a key, -1e10 hides it.
+    A query is what a token looks for, a key is how others find it, and a value is what it passes on
+    to them. Each query gets the average of the values, weighted by how well their keys match it.
+    The mask is added to the scores: 0 keeps a key, -1e10 hides it.
 
     q [..., n_q, d_k], k [..., n_k, d_k], v [..., n_k, d_v], mask [n_q, n_k] -> [..., n_q, d_v].
-    "..." is n_head in GPT-2: every head at once. Vaswani et al. 2017, section 3.2.1.
+    In GPT-2, "..." is n_head, and d_k = d_v = n_embd/n_head. Vaswani et al. 2017, section 3.2.1.
     """
-    # dot products grow with d_k, and large scores would put nearly all the weight on one key
+    # a sum of d_k products grows with sqrt(d_k), and large scores would put all weight on one key
     scores = (q / math.sqrt(q.shape[-1])) @ k.swapaxes(-1, -2) + mask  # [..., n_q, n_k]
     return softmax(scores) @ v  # [..., n_q, n_k] @ [..., n_k, d_v] -> [..., n_q, d_v]
 
 
 # Generation calls the model once per new token. Without a cache, each call would compute the keys
 # and values of all earlier tokens again; with one, they are kept. The cache changes no result: at a
-# first reading, skip kvcache and n_past (None and 0: no cache, no earlier tokens).
+# first reading, skip kvcache and n_past (None and 0: no cache, no earlier tokens) until `stream`.
 
 
 def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
     """Causal multi-head self-attention: each token gathers information from those up to itself.
 
-    A token's query is what it looks for, its key is how others find it, and its value is what it
-    passes on to those that find it. Each head does this on its own n_embd/n_head dimensions.
+    A single average can follow one kind of match only. So there are n_head heads side by side, each
+    with queries, keys and values of its own, n_embd/n_head numbers long.
 
     [n_seq, n_embd] -> [n_seq, n_embd]. Vaswani et al. 2017, section 3.2.2.
 
-    kvcache: float32 [2, n_head, capacity, n_embd/n_head]. It has the keys and the values of n_past
-    earlier tokens; mha adds those of x, in place.
+    kvcache: float32 [2, n_head, capacity, n_embd/n_head]. It holds the keys and values of n_past
+    earlier tokens; mha appends those of x, in place.
     """
     n_seq, n_embd = x.shape
     # project to queries, keys and values: [n_seq, n_embd] -> [n_seq, 3*n_embd]
     qkv = linear(x, **c_attn)
     # a row is q | k | v, and each of them is head 0 | head 1 | ...: cut it at each "|"
     qkv = qkv.reshape(n_seq, 3, n_head, n_embd // n_head)
-    # bring the axes of q, k, v and of the heads to the front, so that each head is a matrix:
+    # move the axes "3" and n_head to the front, so that each head has a matrix of its own:
     # [n_seq, 3, n_head, n_embd/n_head] -> [3, n_head, n_seq, n_embd/n_head]
-    q, k, v = qkv.transpose(1, 2, 0, 3)  # each [n_head, n_seq, n_embd/n_head]
+    q, k, v = qkv.transpose(1, 2, 0, 3)  # unpacked: each [n_head, n_seq, n_embd/n_head]
 
     if kvcache is not None:
         kvcache[0, :, n_past : n_past + n_seq] = k
@@ -137,15 +139,16 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
     heads = attention(q, k, v, mask)  # [n_head, n_seq, n_embd/n_head]
     # merge heads: [n_head, n_seq, n_embd/n_head] -> [n_seq, n_embd]
     x = heads.swapaxes(0, 1).reshape(n_seq, n_embd)
-    return linear(x, **c_proj)  # [n_seq, n_embd] -> [n_seq, n_embd]
+    # project: combine what the heads have found: [n_seq, n_embd] -> [n_seq, n_embd]
+    return linear(x, **c_proj)
 
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kvcache=None, n_past=0):
     """One layer: attention moves information between tokens, then ffn processes each of them.
 
     [n_seq, n_embd] -> [n_seq, n_embd]. Both sublayers are pre-norm (their input is normalized) and
-    have a residual connection (their output is added to x). Radford et al. 2019, section 2.3.
-    kvcache and n_past: as in `mha`.
+    have a residual connection (their output is added to x, so that nothing in x gets lost). mlp
+    (multilayer perceptron): the weights of ffn. Radford et al. 2019, section 2.3.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kvcache=kvcache, n_past=n_past)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -166,7 +169,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
                 c_attn  w [n_embd, 3*n_embd], b [3*n_embd]    projection to queries, keys, values
                 c_proj  w [n_embd, n_embd], b [n_embd]        projection of the merged heads
             ln_2        g [n_embd], b [n_embd]                layer norm before the ffn
-            mlp                                               (multilayer perceptron: the ffn)
+            mlp
                 c_fc    w [n_embd, 4*n_embd], b [4*n_embd]    projection up
                 c_proj  w [4*n_embd, n_embd], b [n_embd]      projection back down
         ln_f            g [n_embd], b [n_embd]                final layer norm
@@ -177,7 +180,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
     """
     ids = np.asarray(inputs)  # indexing with an array picks rows, here one per token
     positions = np.arange(n_past, n_past + len(ids))
-    # attention by itself does not see the order of the earlier tokens: so add their positions
+    # attention by itself does not see the order of the tokens: so each one's position is added
     x = wte[ids] + wpe[positions]  # [n_seq] -> [n_seq, n_embd]
 
     for i, block in enumerate(blocks):
@@ -194,7 +197,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
 
 
 # How many tokens of a prompt run through the model at once. Attention computes n_seq x n_seq scores
-# per head, so without chunks, a long prompt takes more memory, and time to fetch it.
+# per head, so a long prompt takes less memory, and less time, chunk by chunk. (384 was fastest.)
 CHUNK = 384
 
 
@@ -225,13 +228,14 @@ def stream(inputs, params, n_head, n_tokens_to_generate):
         yield token
 
 
-# Two functions for programs that import this file; the command line does not call them.
+# Two functions for programs that import this file. The command line does without them, because it
+# prints each piece of text at once.
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate):
     """Return the ids that `stream` yields as a list, and show a progress bar meanwhile."""
     ids = stream(inputs, params, n_head, n_tokens_to_generate)
-    return list(tqdm(ids, "generating", n_tokens_to_generate))
+    return [token for token in tqdm(ids, "generating", n_tokens_to_generate)]
 
 
 def main(
@@ -265,7 +269,8 @@ def stream_text(prompt, n_tokens_to_generate, model_size, models_dir):
     """
     from utils import UserError, load_encoder_hparams_and_params
 
-    if not str(n_tokens_to_generate).isdecimal():  # before anything is downloaded
+    # refused before anything is downloaded (str: it is text from the command line, or an int)
+    if not str(n_tokens_to_generate).isdecimal():
         raise UserError(f"{n_tokens_to_generate!r} is not a token count: is the prompt in quotes?")
     n_new = int(n_tokens_to_generate)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
@@ -280,7 +285,8 @@ def stream_text(prompt, n_tokens_to_generate, model_size, models_dir):
 if __name__ == "__main__":
     from utils import one_line_errors, parse_arguments
 
-    # what `main` does, but each piece of text is printed as soon as it is generated
+    # what `main` does (it is only asked for its parameters and help), but each piece of text is
+    # printed as soon as it is generated
     with one_line_errors():
         for piece in stream_text(*parse_arguments(main)):
             print(piece, end="", flush=True)

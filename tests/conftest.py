@@ -1,14 +1,21 @@
-"""What several tests share."""
+"""What several tests share: the toy, a local server in place of OpenAI's, random checkpoints."""
 
+import collections
+import http.server
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 
+import utils
+
+collect_ignore = ["tools"]  # scripts, not tests
 ROOT = pathlib.Path(__file__).parent.parent
 TOY = ROOT / "tests" / "models"  # a models_dir
 FILES = ["encoder.json", "hparams.json", "vocab.bpe", "model.ckpt.meta"]
@@ -51,3 +58,101 @@ def random_params(n_vocab, n_ctx, n_embd, n_layer, seed=0):
 
     wte, wpe = normal(n_vocab, n_embd), normal(n_ctx, n_embd)
     return {"wte": wte, "wpe": wpe, "blocks": [block() for _ in range(n_layer)], "ln_f": norm()}
+
+
+def variables(params, prefix="model"):
+    """The same arrays, named and shaped as in OpenAI's checkpoints.
+
+    {"model/h0/attn/c_attn/w": float32 [1, n_in, n_out], ...}
+    """
+    flat = {}
+    for name, value in params.items():
+        if name == "blocks":
+            for i, block in enumerate(value):
+                flat |= variables(block, f"{prefix}/h{i}")
+        elif isinstance(value, dict):
+            flat |= variables(value, f"{prefix}/{name}")
+        else:
+            flat[f"{prefix}/{name}"] = value[None] if name == "w" else value
+    return flat
+
+
+def save(prefix, values):
+    """Write {variable: value} with TensorFlow's Saver. Returns the prefix."""
+    import tensorflow as tf
+
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        for name, value in values.items():
+            tf.compat.v1.get_variable(name, initializer=value)
+        session.run(tf.compat.v1.global_variables_initializer())
+        saver = tf.compat.v1.train.Saver(save_relative_paths=True)
+        return saver.save(session, str(prefix))
+
+
+def save_in_two_shards(prefix, values):
+    import tensorflow as tf
+
+    names = list(values)
+    for i in range(2):
+        tensors = [values[name] for name in names[i::2]]
+        no_slices = [""] * len(tensors)
+        tf.raw_ops.SaveV2(
+            prefix=f"{prefix}_{i}",
+            tensor_names=names[i::2],
+            shape_and_slices=no_slices,
+            tensors=tensors,
+        )
+    parts = [f"{prefix}_0", f"{prefix}_1"]
+    tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=parts, destination_prefix=str(prefix))
+    return str(prefix)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves the toy as if it were OpenAI's 124M, except for the server's faults."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_GET(self):
+        name = self.path.rpartition("/")[2]
+        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+        self.server.asked[name].append(start)
+        if self.headers["Authorization"]:
+            self.reply(400)  # so does Azure for a public file
+        elif self.path != f"/gpt-2/models/124M/{name}":
+            self.reply(404)
+        elif name in self.server.faults:
+            self.server.faults[name](self, start)
+        else:
+            self.send_range(start, (TOY / "124M" / name).read_bytes())
+
+    def send_range(self, start, body, cut=None):
+        if start >= len(body):
+            self.reply(416, **{"Content-Range": f"bytes */{len(body)}"})
+        else:
+            span = f"bytes {start}-{len(body) - 1}/{len(body)}"
+            self.reply(206, body[start:], cut, **{"Content-Range": span})
+
+    def reply(self, status, body=b"", cut=None, **headers):
+        """Promise the whole body; send so many bytes of it, and hang up."""
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body[:cut])
+        self.close_connection = self.close_connection or cut is not None
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        server.faults = {}  # file name -> a function of (handler, start) that answers
+        server.asked = collections.defaultdict(list)  # file name -> where the ranges start
+        monkeypatch.setattr(utils, "URL", f"http://127.0.0.1:{server.server_port}/gpt-2/models")
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()

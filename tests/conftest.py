@@ -39,11 +39,14 @@ def run(*arguments, **options):
 
 
 def random_params(n_vocab, n_ctx, n_embd, n_layer, seed=0):
-    """The tree of float32 arrays that gpt2.gpt2 takes, filled with normally distributed numbers."""
+    """The tree of float32 arrays that gpt2.gpt2 takes, filled with random numbers.
+
+    They are normally distributed, and rounded to numbers that float16 has, too.
+    """
     rng = np.random.default_rng(seed)
 
     def normal(*shape, mean=0):
-        return rng.normal(mean, 0.2, shape).astype(np.float32)
+        return rng.normal(mean, 0.2, shape).astype(np.float16).astype(np.float32)
 
     def norm():
         return {"g": normal(n_embd, mean=1), "b": normal(n_embd)}

@@ -46,7 +46,7 @@ def load(prefix, **changes):
 
 
 def load_toy(models_dir):
-    return utils.load_encoder_hparams_and_params("124M", str(models_dir))
+    utils.load_encoder_hparams_and_params("124M", str(models_dir))
 
 
 def assert_same(loaded, params):
@@ -80,10 +80,7 @@ def test_a_later_load_needs_no_tensorflow_and_copies_nothing(prefix, no_tensorfl
 
 
 def test_weights_can_be_changed_and_the_file_keeps_its_bytes(prefix):
-    for _ in range(2):
-        loaded = load(prefix)
-        loaded["wte"][0] = 0
-        assert not loaded["wte"][0].any()
+    load(prefix)["wte"][0] = 0
     assert_same(load(prefix), PARAMS)
 
 
@@ -94,24 +91,17 @@ ADAM = {
     "model/wte/Adam_1": np.ones((300, 12), np.float32),
 }
 WEIGHTS = variables(PARAMS)
-FLOAT64 = {name: value.astype(np.float64) for name, value in WEIGHTS.items()}
+FLOAT16 = {name: value.astype(np.float16) for name, value in WEIGHTS.items()}
 UNALIGNED = WEIGHTS | {"a_flag": np.bool_(True)}
 
 
-@pytest.mark.parametrize("values", [WEIGHTS | ADAM, UNALIGNED, FLOAT64])
+@pytest.mark.parametrize("values", [WEIGHTS | ADAM, UNALIGNED, FLOAT16])
 @pytest.mark.parametrize("save", [save, save_in_two_shards])
 def test_a_checkpoint_that_cannot_be_mapped_is_read_at_every_load(tmp_path, save, values):
     """With other variables, another type of numbers, or in several shards."""
     prefix = save(tmp_path / "model-1000", values)
     for _ in range(2):
         assert_same(load(prefix), PARAMS)
-
-
-def test_float16_becomes_float32(tmp_path):
-    halves = {name: value.astype(np.float16) for name, value in WEIGHTS.items()}
-    loaded = variables(load(save(tmp_path / "model.ckpt", halves)))
-    assert {value.dtype for value in loaded.values()} == {np.dtype("float32")}
-    np.testing.assert_equal(loaded, halves)
 
 
 @pytest.mark.parametrize(
@@ -133,9 +123,8 @@ def test_of_several_checkpoints_the_one_that_tensorflow_names_is_loaded(toy, che
     flip_a_bit(folder / f"model-1000{DATA}", 0)  # to load this one would be an error
     (folder / "checkpoint").write_text(checkpoint)
     load_toy(toy)
-    latest = tf.train.latest_checkpoint(str(folder))
-    if latest:  # TensorFlow does not find what was saved in another folder
-        assert latest == str(folder / "model-500")
+    # TensorFlow does not find what was saved in another folder
+    assert tf.train.latest_checkpoint(str(folder)) in (str(folder / "model-500"), None)
 
 
 def test_a_folder_in_which_no_stamp_can_be_written_loads_at_every_run(prefix):
@@ -202,16 +191,13 @@ def test_weights_of_another_size_are_refused(prefix, changes):
         load(prefix, **changes)
 
 
-def test_a_weight_of_another_shape_is_refused_although_the_file_is_as_long(tmp_path):
-    values = variables(PARAMS)
-    values["model/h3/mlp/c_fc/w"] = values["model/h3/mlp/c_fc/w"].transpose(0, 2, 1)
-    with pytest.raises(ValueError, match=r"\('model/h3/mlp/c_fc/w', \(12, 48\)\)"):
-        load(save(tmp_path / "model.ckpt", values))
+TRANSPOSED = WEIGHTS | {"model/wte": WEIGHTS["model/wte"].T}  # the file is as long
+FOREIGN = {f"newslm{name[5:]}": value for name, value in WEIGHTS.items()}
 
 
-def test_the_weights_of_another_program_are_refused(tmp_path):
-    values = {f"newslm{name[5:]}": value for name, value in variables(PARAMS).items()}
-    with pytest.raises(ValueError, match="not a GPT-2"):
+@pytest.mark.parametrize("values", [TRANSPOSED, FOREIGN])
+def test_weights_with_other_shapes_or_names_are_refused(tmp_path, values):
+    with pytest.raises(ValueError, match=r"not a GPT-2 of this size: \('model/"):
         load(save(tmp_path / "model.ckpt", values))
 
 
@@ -227,7 +213,8 @@ def test_hparams_that_cannot_be_right_are_refused_before_tensorflow(toy, changes
 def test_a_vocabulary_with_more_tokens_than_wte_has_rows_is_refused(toy):
     folder = toy / "124M"
     encoder = json.loads((folder / "encoder.json").read_text("utf-8"))
-    (folder / "encoder.json").write_text(json.dumps(encoder | {"\u0120xyzzy": 512}))
+    encoder |= {"\u0120xyzzy": 511, "<|endoftext|>": 512}
+    (folder / "encoder.json").write_text(json.dumps(encoder))
     with open(folder / "vocab.bpe", "a", encoding="utf-8") as file:
         file.write("\u0120xyz zy\n")
     hparams = json.loads((folder / "hparams.json").read_text()) | {"n_vocab": 513}

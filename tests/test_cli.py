@@ -24,7 +24,7 @@ def verified_toy():
 
 
 def command_line(monkeypatch, *arguments):
-    """The text that `python gpt2.py *arguments` prints, without a process of its own."""
+    """The text that `python gpt2.py *arguments` prints."""
     monkeypatch.setattr(sys, "argv", ["gpt2.py", *map(str, arguments)])
     return "".join(gpt2.stream_text(*utils.parse_arguments(gpt2.main)))
 
@@ -38,13 +38,6 @@ def test_the_text_goes_to_stdout_and_nothing_else_anywhere():
     assert (done.stdout[-1], done.stderr, done.returncode) == ("\n", "", 0)
 
 
-def test_at_the_first_run_the_progress_of_reading_goes_to_stderr(toy):
-    done = run("gpt2.py", PROMPT, "3", "--models_dir", toy)
-    assert done.stdout == " toves\nDid\n"
-    assert done.stderr.splitlines()[0] == f"reading {toy}/124M/model.ckpt with TensorFlow"
-    assert "40/40" in done.stderr
-
-
 def test_a_later_run_imports_neither_tensorflow_nor_requests():
     code = (
         f"import sys, gpt2; gpt2.main({PROMPT!r}, 1, models_dir={str(TOY)!r})\n"
@@ -53,17 +46,15 @@ def test_a_later_run_imports_neither_tensorflow_nor_requests():
     assert run("-c", code).stdout == "set()\n"
 
 
-@pytest.mark.parametrize("count", [0, 1, 7])
-def test_it_generates_as_many_tokens_as_it_is_told(monkeypatch, count):
-    text = command_line(monkeypatch, PROMPT, count, "--models_dir", TOY)
-    assert text == {0: "", 1: " toves", 7: " toves\nDid gyre and gimble in"}[count]
+@pytest.mark.parametrize(("count", "text"), [(0, ""), (1, " toves"), (4, " toves\nDid gyre")])
+def test_it_generates_as_many_tokens_as_it_is_told(monkeypatch, count, text):
+    assert command_line(monkeypatch, PROMPT, count, "--models_dir", TOY) == text
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
         [PROMPT, "7", "124M", TOY],
-        [f"--prompt={PROMPT}", "--n_tokens_to_generate=7", f"--models_dir={TOY}"],
         ["--n_tokens_to_generate", "7", "--models_dir", TOY, "--model_size", "124M", PROMPT],
     ],
 )
@@ -150,18 +141,18 @@ def test_an_error_of_our_own_keeps_its_traceback():
     assert done.stderr.startswith("Traceback")
 
 
-FULL_DISK = (">/dev/full", 1, "[Errno 28] No space left on device\n")
+FULL_DISK = "[Errno 28] No space left on device\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 @pytest.mark.parametrize(
-    ("target", "status", "stderr"), [("| head -c 5", 0, ""), ("| true", 0, ""), FULL_DISK]
+    ("target", "stderr"), [("| head -c 5", ""), ("| true", ""), (">/dev/full", FULL_DISK)]
 )
-def test_a_closed_pipe_is_quiet_and_a_full_disk_is_one_line(target, status, stderr):
+def test_a_closed_pipe_is_quiet_and_a_full_disk_is_one_line(target, stderr):
     command = shlex.join([sys.executable, "gpt2.py", PROMPT, "--models_dir", str(TOY)])
     script = ["bash", "-c", f"{command} {target}; exit ${{PIPESTATUS[0]}}"]
     done = subprocess.run(script, check=False, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (status, stderr)
+    assert (done.returncode, done.stderr) == (1, stderr)
 
 
 # ---- In the tools of a learner ---------------------------------------------------------------

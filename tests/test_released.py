@@ -25,17 +25,13 @@ TURING = (
     "The computer is a machine that can perform complex calculations, and it can perform these "
     "calculations in a way that is very similar to the human brain."
 )
+LIFE = "What is the answer to life, the universe, and everything?"
 CONTINUATIONS = [  # model, prompt, number of new tokens, how the text goes on
     # jaymody/picoGPT, README.md
     ("124M", "Alan Turing theorized that computers would one day become", 40, TURING),
     # tinygrad/tinygrad, examples/gpt2.py
     ("355M", "Hello.", 10, " I'm a little late to the party, but"),
-    (
-        "355M",
-        "What is the answer to life, the universe, and everything?",
-        10,
-        "\n\nThe answer is that we are all one",
-    ),
+    ("355M", LIFE, 10, "\n\nThe answer is that we are all one"),
 ]
 
 

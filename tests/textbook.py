@@ -110,31 +110,22 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
 
 
 def show(encoder, params, n_head, text):
-    """Print what happens inside the model when it reads this text, and writes 5 more tokens."""
+    """Print what happens inside the model while it reads this text and writes 5 tokens more."""
     ids = encoder.encode(text)
     tokens = [encoder.decode([i]) for i in ids]
     print("ids:   ", ids)
     print("tokens:", tokens)
 
-    print("\nThe row of the last token, its first 6 of", params["wte"].shape[1], "numbers:")
-    rows = [params["wte"][i] + params["wpe"][position] for position, i in enumerate(ids)]
-    print("embedding    ", rows[-1][:6])
+    print("\nThe last token is a row of", params["wte"].shape[1], "numbers. The first 6 of them:")
+    rows = [params["wte"][token] + params["wpe"][position] for position, token in enumerate(ids)]
+    print("embedding     ", rows[-1][:6])
     for i, block in enumerate(params["blocks"]):
-        rows_before = rows
+        if i == 0:
+            show_attention(rows, tokens, block, n_head)
         rows = transformer_block(rows, **block, n_head=n_head)
-        print(f"after layer {i}", rows[-1][:6])
+        print(f"after layer {i} ", rows[-1][:6])
 
-    print(f"\nIn layer {i}, what each head of the last token looks at (its attention weights):")
-    qkv = [
-        linear(layer_norm(row, **block["ln_1"]), **block["attn"]["c_attn"]) for row in rows_before
-    ]
-    for head in range(n_head):
-        query = np.split(np.split(qkv[-1], 3)[0], n_head)[head]
-        keys = [np.split(np.split(row, 3)[1], n_head)[head] for row in qkv]
-        weights = softmax([query @ key / math.sqrt(len(query)) for key in keys])
-        print(f"head {head}:", *(f"{w:.2f}{t!r}" for w, t in zip(weights, tokens, strict=True)))
-
-    print("\nThe three most likely next tokens, again and again:")
+    print("\nThe three most likely next tokens, the first of which is appended:")
     for _ in range(5):
         probabilities = softmax(gpt2(ids, **params, n_head=n_head)[-1])
         best = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])[:3]
@@ -142,14 +133,25 @@ def show(encoder, params, n_head, text):
         ids.append(best[0])
 
 
+def show_attention(rows, tokens, block, n_head):
+    """Print what the heads of one layer look at: their attention weights for the last token."""
+    print("attention weights, with which each head of layer 0 averages the values of these tokens:")
+    qkv = [linear(layer_norm(row, **block["ln_1"]), **block["attn"]["c_attn"]) for row in rows]
+    for head in range(n_head):
+        query = np.split(np.split(qkv[-1], 3)[0], n_head)[head]
+        keys = [np.split(np.split(row, 3)[1], n_head)[head] for row in qkv]
+        weights = softmax([query @ key / math.sqrt(len(query)) for key in keys])
+        print(f"  head {head}:", *(f"{w:.2f}{t!r}" for w, t in zip(weights, tokens, strict=True)))
+
+
 if __name__ == "__main__":
     import pathlib
     import sys
 
-    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+    tests = pathlib.Path(__file__).resolve().parent
+    sys.path.insert(0, str(tests.parent))
     from utils import load_encoder_hparams_and_params
 
-    models_dir = pathlib.Path(__file__).resolve().parent / "models"
-    encoder, hparams, params = load_encoder_hparams_and_params("124M", models_dir)
+    encoder, hparams, params = load_encoder_hparams_and_params("124M", tests / "models")
     np.set_printoptions(precision=2, suppress=True)
     show(encoder, params, hparams["n_head"], "Twas brillig, and the slithy")

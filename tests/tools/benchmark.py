@@ -352,7 +352,7 @@ def print_tables(rounds, engines, size):
 
     def median_and_range(column, row):
         values = [figures[column][row] for figures in rounds]
-        return f"{median(column, row)} ({rounded(min(values))} to {rounded(max(values))})"
+        return f"{median(column, row)} ({rounded(min(values))}–{rounded(max(values))})"
 
     def ratio(column, row):  # of the printed medians, so that a reader can check it
         own, other = [median(name, row).replace(",", "") for name in ("this program", column)]
@@ -364,7 +364,7 @@ def print_tables(rounds, engines, size):
         for row in rounds[0][columns[0]]:
             print(f"| {row} | {' | '.join(cell(column, row) for column in columns)} |")
 
-    corner = f"{size}, median (lowest to highest) of {len(rounds)} rounds"
+    corner = f"{size}, median (lowest–highest) of {len(rounds)} rounds"
     print_table(corner, engines, median_and_range)
     if engines[1:]:
         print_table("this program's median / the other's", engines[1:], ratio)

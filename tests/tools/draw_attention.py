@@ -39,14 +39,16 @@ def attention_weights(ids, params, n_head):
 
 
 def draw(weights, tokens, file):
-    plt.rcParams["font.size"] = 12
+    plt.rcParams["font.size"] = 13
+    plt.rcParams["font.family"] = "monospace"
     colors = plt.get_cmap("Blues").with_extremes(bad="lightgrey")  # bad: masked
     later = ~np.tri(len(tokens), dtype=bool)
-    figure, axes = plt.subplots(2, 2, figsize=(10, 9.2), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(11, 10), layout="constrained")
     for head, axis in enumerate(axes.flat):
         image = axis.imshow(np.ma.array(weights[head], mask=later), cmap=colors, vmin=0, vmax=1)
         axis.set_title(f"layer {LAYER}, head {head}")
-        axis.set_xticks(range(len(tokens)), tokens, rotation=90)
+        turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        axis.set_xticks(range(len(tokens)), tokens, **turned)
         axis.set_yticks(range(len(tokens)), tokens)
     figure.supxlabel("keys: the tokens that are looked at (grey: later ones, hidden by the mask)")
     figure.supylabel("queries: the tokens that look")

@@ -69,8 +69,7 @@ def sample(ids, params, n, temperature, k, seed):
     rng = np.random.default_rng(seed)
     new = []
     for _ in range(n):
-        logits = gpt2.gpt2(ids + new, **params, n_head=N_HEAD)[-1]
-        logits = logits.astype(np.float64) / temperature  # rng.choice wants a sum of exactly 1
+        logits = gpt2.gpt2(ids + new, **params, n_head=N_HEAD)[-1] / temperature
         logits[logits < np.sort(logits)[-k]] = -np.inf  # keep the k largest
         new.append(int(rng.choice(len(logits), p=gpt2.softmax(logits))))
     return new

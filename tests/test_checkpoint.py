@@ -110,12 +110,13 @@ def test_a_checkpoint_that_cannot_be_mapped_is_read_at_every_load(tmp_path, save
         'model_checkpoint_path: "model-500"\nall_model_checkpoint_paths: "model-1000"\n',
         'all_model_checkpoint_paths: "model-1000"\nmodel_checkpoint_path: "model-500"\n',
         '#model_checkpoint_path: "model-1000"\nmodel_checkpoint_path: "model-500"\n',
+        'model_checkpoint_path: "model-500"\n#model_checkpoint_path: "model-1000"\n',
+        'model_checkpoint_path: "model-1000"\nmodel_checkpoint_path: "model-500"\n',
         'model_checkpoint_path: "/home/zo\\303\\251/model-500"\n',
         'model_checkpoint_path: "C:\\\\run\\\\model-500"\n',
     ],
 )
 def test_of_several_checkpoints_the_one_that_tensorflow_names_is_loaded(toy, checkpoint):
-    """By its name, wherever it was saved."""
     folder = toy / "124M"
     for path in folder.glob("model.ckpt.*"):
         shutil.copy(path, folder / path.name.replace("model.ckpt", "model-500"))

@@ -1,13 +1,13 @@
-"""GPT-2 in plain loops: the functions of gpt2.py again, for one row of numbers at a time.
+"""GPT-2 for one token at a time: the functions of gpt2.py again, in loops over tokens and heads.
 
-gpt2.py is made of matrices: x has one row per token. Here, a token is that row, a list of tokens is
-a list of rows, and a function that has `x` in gpt2.py takes one `row`, or all `rows` if tokens look
-at each other (the first of these is mha). There is no mask: token i is simply not shown any later
-tokens. There is no cache. So where a line of gpt2.py is hard to picture, read it here.
+In gpt2.py, x is a matrix with one row per token. Here, a function that has x there takes one `row`,
+or a list of `rows` where tokens look at each other (in mha and in all that calls it). There is no
+mask, because token i is simply not shown any later tokens, and no cache. Where a line of gpt2.py is
+hard to picture, find it here.
 
     python tests/textbook.py
 
-shows what happens inside the toy while it continues a line of its poem.
+shows what happens inside the toy of tests/models while it continues a line of its poem.
 """
 
 import math
@@ -24,14 +24,15 @@ def gelu(number):
 def softmax(scores):
     """A list of numbers -> a list of positive numbers whose sum is 1."""
     powers = [math.exp(score) for score in scores]
-    return [power / sum(powers) for power in powers]
+    total = sum(powers)
+    return [power / total for power in powers]
 
 
 def layer_norm(row, g, b):
     """[n_embd] -> [n_embd], with mean 0 and variance 1 before g and b are applied."""
     mean = sum(row) / len(row)
     variance = sum((number - mean) ** 2 for number in row) / len(row)
-    normalized = [(number - mean) / math.sqrt(variance + 1e-5) for number in row]
+    normalized = np.array([(number - mean) / math.sqrt(variance + 1e-5) for number in row])
     return g * normalized + b
 
 
@@ -59,7 +60,7 @@ def mha(rows, c_attn, c_proj, n_head):
     queries, keys, values = [], [], []
     for row in rows:
         query, key, value = np.split(linear(row, **c_attn), 3)
-        # cut each into n_head parts, one for each head
+        # cut each into n_head parts: queries[token][head] has n_embd/n_head numbers
         queries.append(np.split(query, n_head))
         keys.append(np.split(key, n_head))
         values.append(np.split(value, n_head))
@@ -86,11 +87,11 @@ def transformer_block(rows, mlp, attn, ln_1, ln_2, n_head):
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):
     """A list of token ids -> a list of logits, [n_vocab] for each token.
 
-    wte is a row for each token of the vocabulary, wpe a row for each position. blocks is a list of
-    dicts, one for each layer, whose keys are the parameters of transformer_block. A linear layer is
-    a dict {"w": weights, "b": bias}, a layer norm is {"g": gain, "b": bias}.
+    wte has a row for each token of the vocabulary, wpe for each position. blocks is a list of
+    dicts, one for each layer, with the arguments of transformer_block: mlp, attn, ln_1 and ln_2.
+    A linear layer is a dict {"w": weights, "b": bias}, a layer norm is {"g": gain, "b": bias}.
     """
-    rows = [wte[token] + wpe[position] for position, token in enumerate(inputs)]
+    rows = [wte[token_id] + wpe[position] for position, token_id in enumerate(inputs)]
     for block in blocks:
         rows = transformer_block(rows, **block, n_head=n_head)
     rows = [layer_norm(row, **ln_f) for row in rows]
@@ -117,13 +118,13 @@ def show(encoder, params, n_head, text):
     print("tokens:", tokens)
 
     print("\nThe last token is a row of", params["wte"].shape[1], "numbers. The first 6 of them:")
-    rows = [params["wte"][token] + params["wpe"][position] for position, token in enumerate(ids)]
-    print("embedding     ", rows[-1][:6])
+    rows = [params["wte"][i] + params["wpe"][position] for position, i in enumerate(ids)]
+    print("embedding    ", rows[-1][:6])
     for i, block in enumerate(params["blocks"]):
-        if i == 0:
+        if i == 1:
             show_attention(rows, tokens, block, n_head)
         rows = transformer_block(rows, **block, n_head=n_head)
-        print(f"after layer {i} ", rows[-1][:6])
+        print(f"after layer {i}", rows[-1][:6])
 
     print("\nThe three most likely next tokens, the first of which is appended:")
     for _ in range(5):
@@ -135,7 +136,7 @@ def show(encoder, params, n_head, text):
 
 def show_attention(rows, tokens, block, n_head):
     """Print what the heads of one layer look at: their attention weights for the last token."""
-    print("attention weights, with which each head of layer 0 averages the values of these tokens:")
+    print("layer 1, attention weights with which each head averages the values of these tokens:")
     qkv = [linear(layer_norm(row, **block["ln_1"]), **block["attn"]["c_attn"]) for row in rows]
     for head in range(n_head):
         query = np.split(np.split(qkv[-1], 3)[0], n_head)[head]
@@ -154,4 +155,4 @@ if __name__ == "__main__":
 
     encoder, hparams, params = load_encoder_hparams_and_params("124M", tests / "models")
     np.set_printoptions(precision=2, suppress=True)
-    show(encoder, params, hparams["n_head"], "Twas brillig, and the slithy")
+    show(encoder, params, hparams["n_head"], "One, two!")

@@ -107,7 +107,6 @@ def test_a_checkpoint_that_cannot_be_mapped_is_read_at_every_load(tmp_path, save
 @pytest.mark.parametrize(
     "checkpoint",
     [
-        'model_checkpoint_path: "model-500"\nall_model_checkpoint_paths: "model-1000"\n',
         'all_model_checkpoint_paths: "model-1000"\nmodel_checkpoint_path: "model-500"\n',
         '#model_checkpoint_path: "model-1000"\nmodel_checkpoint_path: "model-500"\n',
         'model_checkpoint_path: "model-500"\n#model_checkpoint_path: "model-1000"\n',

@@ -89,7 +89,6 @@ def test_any_text_is_encoded_as_by_tiktoken_and_decoded_again(released, referenc
 
 
 def test_a_lone_surrogate_is_encoded_as_a_question_mark(released):
-    """Python has these for bytes of the command line that are not UTF-8."""
     assert released.encode("caf\udce9 2") == released.encode("caf? 2")
 
 

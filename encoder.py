@@ -1,11 +1,11 @@
 """GPT-2's byte-pair encoding: text to token ids and back (Radford et al. 2019, section 2.2).
 
-A text is split into words (or numbers, or punctuation). Each word becomes its UTF-8 bytes, and each
-byte is written as one printable character. Adjacent symbols are then merged into longer and longer
-tokens, following a list of merges that was learned from the training text: "Neural Machine
-Translation of Rare Words with Subword Units" (Sennrich et al. 2016), section 3.2. (`learn_merges`
-in tests/tools/train_toy.py learns such a list.) The vocabulary of 50,257 tokens is the 256 bytes,
-the results of 50,000 merges, and `<|endoftext|>`.
+A text is split into words (or numbers, or punctuation), so that no token spans two of them. Each
+word becomes its UTF-8 bytes, and each byte is written as one printable character. Adjacent symbols
+are then merged into longer and longer tokens, following a list of merges: the most frequent pairs
+of the training text, found one after another (as by `learn_merges` in tests/tools/train_toy.py).
+"Neural Machine Translation of Rare Words with Subword Units" (Sennrich et al. 2016), section 3.2.
+The vocabulary of 50,257 tokens is the 256 bytes, 50,000 merged pairs, and `<|endoftext|>`.
 """
 
 import codecs
@@ -16,8 +16,8 @@ from pathlib import Path
 import regex
 
 # What counts as a word. At each position, the first of these patterns that matches is used. (\p{L}
-# is any letter of Unicode, \p{N} any number, even ½, \s any whitespace and \S anything else.
-# (?!\S) makes \s+ give back characters until whitespace, or nothing, follows.)
+# is any letter of Unicode and \p{N} any number, even ½, which Python's re does not have. \s is any
+# whitespace. (?!\S) means that no visible character follows.)
 #
 # "'(?:s|t|re|ve|m|ll|d)"   the end of a contraction, in lowercase: "don't" is "don" and "'t"
 # " ?\p{L}+"                letters, with the space before them, if any

@@ -3,9 +3,10 @@
 GPT-2 does one thing: given a text, it scores every token that could come next. Append the token
 with the highest score, ask again, and a text is generated:
 
+    encoder, hparams, params = load_encoder_hparams_and_params("124M", "models")
     ids = encoder.encode("Alan Turing theorized that")
     for _ in range(40):
-        logits = gpt2(ids, **params, n_head=12)  # [len(ids), n_vocab]
+        logits = gpt2(ids, **params, n_head=hparams["n_head"])  # [len(ids), n_vocab]
         ids.append(np.argmax(logits[-1]))  # the last row scores what follows the last token
     print(encoder.decode(ids))
 
@@ -78,7 +79,7 @@ def ffn(x, c_fc, c_proj):
     """Feed-forward network, applied to each token independently.
 
     [n_seq, n_embd] -> [n_seq, n_embd]. "Attention Is All You Need" (Vaswani et al. 2017), section
-    3.3, with GELU instead of ReLU.
+    3.3, with GELU instead of max(0, x).
     """
     x = gelu(linear(x, **c_fc))  # project up: [n_seq, n_embd] -> [n_seq, 4*n_embd]
     return linear(x, **c_proj)  # project back down: [n_seq, 4*n_embd] -> [n_seq, n_embd]
@@ -94,21 +95,22 @@ def attention(q, k, v, mask):
     q [..., n_q, d_k], k [..., n_k, d_k], v [..., n_k, d_v], mask [n_q, n_k] -> [..., n_q, d_v].
     In GPT-2, "..." is n_head, and d_k = d_v = n_embd/n_head. Vaswani et al. 2017, section 3.2.1.
     """
-    # a sum of d_k products grows with sqrt(d_k), and large scores would put all weight on one key
+    # the longer q and k, the larger their products, by about sqrt(d_k) (those of either sign partly
+    # cancel); without the scaling, softmax would put nearly all its weight on one key
     scores = (q / math.sqrt(q.shape[-1])) @ k.swapaxes(-1, -2) + mask  # [..., n_q, n_k]
     return softmax(scores) @ v  # [..., n_q, n_k] @ [..., n_k, d_v] -> [..., n_q, d_v]
 
 
 # Generation calls the model once per new token. Without a cache, each call would compute the keys
 # and values of all earlier tokens again; with one, they are kept. It changes nothing but the time:
-# at a first reading, skip kvcache and n_past (None and 0: no cache, no earlier tokens).
+# on a first reading, up to `stream`, ignore kvcache (as if it were None) and n_past (as if 0).
 
 
 def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
     """Causal multi-head self-attention: each token gathers information from those up to itself.
 
-    A single average can follow one kind of match only. So there are n_head heads side by side, each
-    with queries, keys and values of its own, n_embd/n_head numbers long.
+    One average can follow only one kind of match. So there are n_head heads side by side, each with
+    its own queries, keys and values, n_embd/n_head numbers long.
 
     [n_seq, n_embd] -> [n_seq, n_embd]. Vaswani et al. 2017, section 3.2.2.
 
@@ -178,7 +180,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
     inputs then follow the n_past tokens that are in it.
     Raises IndexError for an id >= n_vocab and for more than n_ctx tokens in total.
     """
-    ids = np.asarray(inputs)  # indexing with an array picks rows, here one per token
+    ids = np.asarray(inputs)  # indexing with an array (JAX needs one) picks a row per token
     positions = np.arange(n_past, n_past + len(ids))
     # attention by itself does not see the order of the tokens: so each one's position is added
     x = wte[ids] + wpe[positions]  # [n_seq] -> [n_seq, n_embd]
@@ -188,8 +190,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
         x = transformer_block(x, **block, n_head=n_head, kvcache=layer_cache, n_past=n_past)
 
     if kvcache is not None:
-        # generation needs what follows the last token only. With a long prompt, the logits of all
-        # tokens would take about a third of the time of everything before this line
+        # generation needs only what follows the last token. With 124M and a long prompt, the logits
+        # of all tokens would take about a third of the time of everything before this line
         x = x[-1:]
     # tied embeddings: the row of wte that embeds a token also scores it, by its dot product with x.
     # "Using the Output Embedding to Improve Language Models" (Press and Wolf 2017)
@@ -212,30 +214,30 @@ def stream(inputs, params, n_head, n_tokens_to_generate):
     """
     n_ctx, n_embd = params["wpe"].shape
     capacity = min(len(inputs) + n_tokens_to_generate, n_ctx)
-    # np.empty does not initialize the array; each entry is written before it is read
+    # np.empty does not initialize the array: each entry is written before it is read
     kvcache = np.empty((len(params["blocks"]), 2, n_head, capacity, n_embd // n_head), np.float32)
 
     # prefill: run all inputs but the last, only to fill the cache. (The loop below could do that,
-    # too, but one matrix product for many tokens is faster than a product for each of them)
+    # too, but one matrix product for many tokens is faster than one for each of them)
     *past, token = inputs
     for n_past in range(0, len(past), CHUNK):
         gpt2(past[n_past : n_past + CHUNK], **params, n_head=n_head, kvcache=kvcache, n_past=n_past)
 
-    # decode: feed one token, get the next
+    # decode (not the tokenizer's): feed one token, get the next
     for n_past in range(len(past), len(past) + n_tokens_to_generate):
         logits = gpt2([token], **params, n_head=n_head, kvcache=kvcache, n_past=n_past)
         token = int(np.argmax(logits[-1]))  # softmax would not change which one is the largest
         yield token
 
 
-# Two functions for programs that import this file. The command line does without them, because it
-# prints each piece of text at once.
+# Two functions for programs that import this file. The program at its end calls `stream_text`
+# instead, to print each piece of text at once; of `main`, it takes the parameters and the help.
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate):
     """Return the ids that `stream` yields as a list, and show a progress bar meanwhile."""
     ids = stream(inputs, params, n_head, n_tokens_to_generate)
-    # list(tqdm(...)) would ask for the memory of all ids at once
+    # list(tqdm(...)) would first reserve memory for n_tokens_to_generate ids
     return [i for i in tqdm(ids, "generating", n_tokens_to_generate)]
 
 
@@ -268,9 +270,9 @@ def stream_text(prompt, n_tokens_to_generate, model_size, models_dir):
 
     This is a chain of generators: the text of each token is yielded before the next is computed.
     """
-    from utils import UserError, load_encoder_hparams_and_params  # here: the model needs no utils
+    from utils import UserError, load_encoder_hparams_and_params  # the model does not need utils
 
-    # refused before anything is downloaded (str: it is text from the command line, or an int)
+    # refused before anything is downloaded (it is text from the command line, or an int)
     if not str(n_tokens_to_generate).isdecimal():
         raise UserError(f"{n_tokens_to_generate!r} is not a token count: is the prompt in quotes?")
     n_new = int(n_tokens_to_generate)
@@ -286,8 +288,7 @@ def stream_text(prompt, n_tokens_to_generate, model_size, models_dir):
 if __name__ == "__main__":
     from utils import one_line_errors, parse_arguments
 
-    # what `main` does (it is only asked for its parameters and help), but each piece of text is
-    # printed as soon as it is generated
+    # what `main` does, but each piece of text is printed as soon as it is generated
     with one_line_errors():
         for piece in stream_text(*parse_arguments(main)):
             print(piece, end="", flush=True)

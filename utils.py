@@ -1,4 +1,4 @@
-"""Everything around the model: its files and the command line. None of it is GPT-2.
+"""Everything around the model. None of it is needed to understand GPT-2.
 
 gpt2.py calls `load_encoder_hparams_and_params`, which calls `download_gpt2_files`, `get_encoder` of
 encoder.py and `load_gpt2_params_from_tf_ckpt`. The program at the end of gpt2.py also calls
@@ -53,19 +53,18 @@ def load_encoder_hparams_and_params(model_size, models_dir):
 
 # ---- Checkpoint ------------------------------------------------------------------------------
 #
-# A TensorFlow checkpoint has two files (or more, if the data is in several shards):
+# A TensorFlow checkpoint is two files (or more, if the data is in several shards). What their names
+# begin with, here model.ckpt, is called the prefix.
 #
 # model.ckpt.index                  the names, shapes and checksums of the variables
 # model.ckpt.data-00000-of-00001    their values; in OpenAI's, float32 arrays one after another
-#
-# "model.ckpt" is called the prefix.
-ENDINGS = ("/wte", "/wpe", "/w", "/b", "/g")  # of GPT-2's variables, but not of model/wte/Adam
+ENDINGS = ("/wte", "/wpe", "/w", "/b", "/g")  # not those of an optimizer, as in model/wte/Adam
 
 
 def ckpt_prefix(model_dir):
-    """Return the prefix of the checkpoint in model_dir that the file `checkpoint` names.
+    """Return the prefix named by the file `checkpoint`: model_checkpoint_path: "model.ckpt".
 
-    If it names a folder as well, in which the checkpoint was once saved, that is ignored.
+    If it names a folder as well, where the checkpoint was once saved, model_dir takes its place.
     """
     lines = (model_dir / "checkpoint").read_text("utf-8").splitlines()
     path = [line for line in lines if line.startswith("model_checkpoint_path:")][-1].split('"')[1]
@@ -78,11 +77,11 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     tf_ckpt_path: the prefix. hparams: n_vocab, n_ctx, n_embd, n_layer. Raises ValueError if the
     checkpoint is damaged or does not fit hparams, and as `read_with_tensorflow` does.
 
-    OpenAI's data file can be memory-mapped, which takes hardly any time or memory: it holds the
-    weights one after another, in the order of their names. The first run reads them with TensorFlow
-    as well. If they are equal, it writes the size and modification time of the data file to
-    <prefix>.verified, and while those stay the same, later runs do without TensorFlow. Checkpoints
-    that cannot be mapped (an optimizer's variables, float16, several shards) need it at every run.
+    OpenAI's data file can be memory-mapped, because it holds the weights one after another, in the
+    order of their names. This is fast, but checks nothing: so the first run also reads them with
+    TensorFlow. If they are equal, <prefix>.verified gets the size and modification time of the data
+    file. While those stay the same, later runs do without TensorFlow. Checkpoints that cannot be
+    mapped (with an optimizer's variables, float16, or in several shards) need it at every run.
 
     The arrays can be changed: the map is copy-on-write, so the file stays as it is.
     """
@@ -95,7 +94,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
         return nest(mapped, hparams["n_layer"])
     print(f"reading {tf_ckpt_path} with TensorFlow", file=sys.stderr)  # importing it takes seconds
     weights = read_with_tensorflow(tf_ckpt_path, shapes, mapped)
-    if all(weights[name] is mapped.get(name) for name in shapes):
+    if all(weights[name] is mapped.get(name) for name in shapes):  # all were equal
         with contextlib.suppress(OSError):  # a read-only folder
             verified.write_text(stamp)
     return nest(weights, hparams["n_layer"])
@@ -131,10 +130,10 @@ def map_weights(path, shapes):
 def read_with_tensorflow(prefix, shapes, mapped):
     """Read the weights with TensorFlow, which verifies their checksums: {name: array}.
 
-    Arrays that equal the mapped ones are replaced by those, to save memory. Raises ValueError if
-    the checkpoint is damaged or has other weights, ImportError if TensorFlow cannot be imported.
+    Of two equal arrays, the mapped one is kept. Raises ValueError if the checkpoint is damaged or
+    has other weights, ImportError if TensorFlow cannot be imported.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no log messages
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         import tensorflow as tf
@@ -143,8 +142,9 @@ def read_with_tensorflow(prefix, shapes, mapped):
     try:
         reader = tf.train.load_checkpoint(str(prefix))
         variables = reader.get_variable_to_shape_map().items()
+        # without the extra axis of each "w"
         stored = {name: tuple(shape[-2:]) for name, shape in variables if name.endswith(ENDINGS)}
-        if stored != shapes:  # name one of the differences
+        if stored != shapes:  # ^: what is in only one of them
             raise ValueError(f"not a GPT-2 of this size: {min(stored.items() ^ shapes.items())}")
         weights = {}
         for name, shape in tqdm(shapes.items(), "reading"):
@@ -255,6 +255,6 @@ def one_line_errors():
             print(" ".join(str(error).split()) or "out of memory", file=sys.stderr)
         try:
             sys.stdout.flush()
-        except OSError:  # so that Python, which flushes stdout at exit, does not fail again
+        except OSError:  # send stdout nowhere: Python flushes it at exit, and would fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

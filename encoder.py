@@ -146,8 +146,8 @@ class Encoder:
 def get_encoder(model_name, models_dir):
     """Build the Encoder from <models_dir>/<model_name>/encoder.json and vocab.bpe.
 
-    Raises ValueError if the files do not match, as when one is truncated, OSError if one cannot be
-    read.
+    Raises ValueError if the files do not match, as when one is truncated, and OSError if one cannot
+    be read.
     """
     folder = Path(models_dir, model_name)
     encoder = json.loads((folder / "encoder.json").read_text("utf-8"))

@@ -48,7 +48,7 @@ def gelu(x):
 
 def softmax(x):
     """Turn scores into probabilities, with a sum of 1 along the last axis. Any shape."""
-    # e^(x - max) = e^x / e^max, and e^max cancels out below; but without it, e^x could overflow
+    # e^(x - max) = e^x / e^max, and e^max cancels out below; e^x alone could overflow
     powers = np.exp(x - np.max(x, axis=-1, keepdims=True))
     return powers / np.sum(powers, axis=-1, keepdims=True)
 
@@ -56,7 +56,7 @@ def softmax(x):
 def layer_norm(x, g, b, eps=1e-5):
     """Normalize each row of x to mean 0 and variance 1, then scale by g and shift by b.
 
-    However large the rows of x grow from layer to layer, the next one sees them at the same scale.
+    However large the rows of x grow from layer to layer, the next layer sees them at one scale.
 
     x [..., n_embd], g [n_embd], b [n_embd] -> [..., n_embd]. eps, with OpenAI's value, prevents
     division by zero. "Layer Normalization" (Ba et al. 2016), section 3.
@@ -124,6 +124,7 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
     qkv = qkv.reshape(n_seq, 3, n_head, n_embd // n_head)
     # move the axes "3" and n_head to the front, so that each head has a matrix of its own:
     # [n_seq, 3, n_head, n_embd/n_head] -> [3, n_head, n_seq, n_embd/n_head]
+    # (five tokens in 124M: [5, 2304] -> [5, 3, 12, 64] -> [3, 12, 5, 64])
     q, k, v = qkv.transpose(1, 2, 0, 3)  # unpacked: each [n_head, n_seq, n_embd/n_head]
 
     if kvcache is not None:
@@ -191,7 +192,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
 
     if kvcache is not None:
         # generation needs only what follows the last token. With 124M and a long prompt, the logits
-        # of all tokens would take about a third of the time of everything before this line
+        # of all tokens would take about a quarter of the time of everything before this line
         x = x[-1:]
     # tied embeddings: the row of wte that embeds a token also scores it, by its dot product with x.
     # "Using the Output Embedding to Improve Language Models" (Press and Wolf 2017)

@@ -19,7 +19,7 @@ from encoder import get_encoder
 
 SIZES = ("124M", "355M", "774M", "1558M")
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
-VOCABULARY = ("encoder.json", "hparams.json", "vocab.bpe")
+SMALL_FILES = ("encoder.json", "hparams.json", "vocab.bpe")
 WEIGHTS = ("model.ckpt.meta", "model.ckpt.data-00000-of-00001", "model.ckpt.index", "checkpoint")
 
 
@@ -90,7 +90,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     verified = Path(f"{tf_ckpt_path}.verified")
     mapped = map_weights(data, shapes)
     stamp = f"{data.stat().st_size} {data.stat().st_mtime_ns}" if mapped else ""
-    if mapped and verified.is_file() and verified.read_text() == stamp:
+    if mapped and verified.is_file() and verified.read_bytes() == stamp.encode():
         return nest(mapped, hparams["n_layer"])
     print(f"reading {tf_ckpt_path} with TensorFlow", file=sys.stderr)  # importing it takes seconds
     weights = read_with_tensorflow(tf_ckpt_path, shapes, mapped)
@@ -181,7 +181,7 @@ def download_gpt2_files(model_size, model_dir):
     only encoder.json, hparams.json and vocab.bpe are downloaded. Raises UserError or OSError.
     """
     Path(model_dir).mkdir(parents=True, exist_ok=True)
-    for name in VOCABULARY if Path(model_dir, "checkpoint").exists() else VOCABULARY + WEIGHTS:
+    for name in SMALL_FILES if Path(model_dir, "checkpoint").exists() else SMALL_FILES + WEIGHTS:
         download_file(f"{URL}/{model_size}/{name}", Path(model_dir, name))
 
 
@@ -257,4 +257,4 @@ def one_line_errors():
             sys.stdout.flush()
         except OSError:  # send stdout nowhere: Python flushes it at exit, and would fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        raise SystemExit(1) from None

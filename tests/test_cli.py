@@ -1,5 +1,6 @@
 """The command line: what it accepts, what it refuses, and what arrives on stdout and stderr."""
 
+import io
 import os
 import shlex
 import subprocess
@@ -174,11 +175,14 @@ def test_a_tool_has_its_say_after_the_text(tool, its_input, its_output):
     assert "Traceback (most" not in done.stdout + done.stderr
 
 
-def test_it_runs_in_a_thread_into_a_captured_stdout(monkeypatch, capsys):
+def test_each_piece_is_flushed_also_in_a_thread_into_a_captured_stdout(monkeypatch):
+    out, seen = io.StringIO(), []
+    out.flush = lambda: seen.append(out.getvalue())
+    monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "argv", ["gpt2.py", PROMPT, "3", "--models_dir", str(TOY)])
     monkeypatch.chdir(ROOT)
     run_it = "import runpy; runpy.run_path('gpt2.py', run_name='__main__')"
     thread = threading.Thread(target=exec, args=(run_it, {}))
     thread.start()
     thread.join()
-    assert capsys.readouterr() == (" toves\nDid\n", "")
+    assert (seen[:2], out.getvalue()) == ([" toves", " toves\n"], " toves\nDid\n")

@@ -151,7 +151,6 @@ def test_a_file_that_another_process_completes_meanwhile_stays_whole(folder, ser
 
 
 def test_a_partial_file_that_cannot_be_written_is_refused_at_once(folder, server):
-    """As in a read-only folder that lacks a file."""
     shutil.copytree(TOY / "124M", folder)
     (folder / "vocab.bpe").unlink()
     (folder / "vocab.bpe.part").mkdir()

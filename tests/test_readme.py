@@ -53,9 +53,9 @@ def test_the_answers_of_the_exercises_are_those_of_the_solutions():
     answers = [
         f"{of_poem:.3f} for the {len(solutions.poem_ids()) - 1} predictions",
         f"{of_other:.1f} for ",
-        "are {:.2f}, {:.2f}, and {:.2f}".format(*solutions.losses_without_a_head().mean(1)),
+        "losses are {:.2f}, {:.2f}, and {:.2f}".format(*solutions.losses_without_a_head().mean(1)),
         f"{solutions.how_many_recite(k=5)} of 12 runs (seeds 0 to 11) recite 40 tokens with k = 5",
-        "lowers it from {:.1f} to {:.1f}".format(*solutions.losses_before_and_after_a_step()),
+        "falls from {:.1f} to {:.1f}".format(*solutions.losses_before_and_after_a_step()),
     ]
     assert [answer for answer in answers if answer not in README] == []
     assert solutions.how_many_recite(k=512) == 0

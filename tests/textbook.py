@@ -119,7 +119,7 @@ def show(encoder, params, n_head, text):
 
     print("\nThe last token is a row of", params["wte"].shape[1], "numbers. The first 6 of them:")
     rows = [params["wte"][i] + params["wpe"][position] for position, i in enumerate(ids)]
-    print("embedding    ", rows[-1][:6])
+    print("wte + wpe    ", rows[-1][:6])
     for i, block in enumerate(params["blocks"]):
         if i == 1:
             show_attention(rows, tokens, block, n_head)

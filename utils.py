@@ -75,7 +75,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     """Load the weights as `gpt2.gpt2` takes them: nested dicts of float32 arrays.
 
     tf_ckpt_path: the prefix. hparams: n_vocab, n_ctx, n_embd, n_layer. Raises ValueError if the
-    checkpoint is damaged or does not fit hparams, and as `read_with_tensorflow` does.
+    checkpoint is damaged or does not fit hparams, ImportError if TensorFlow is needed but broken.
 
     OpenAI's data file can be memory-mapped, because it holds the weights one after another, in the
     order of their names. This is fast, but checks nothing: so the first run also reads them with

@@ -1,4 +1,4 @@
-"""Train the toy of tests/models: `python tests/tools/train_toy.py`, about 3 minutes on 2 cores.
+"""Train the toy of tests/models: `python tests/tools/train_toy.py`, 3 to 4 minutes on 2 cores.
 
 It is a GPT-2 of 3 small layers that learns one poem by heart. Its vocabulary of 512 tokens is
 learned from the poem, too. What is trained is the model of gpt2.py itself, with JAX in place of

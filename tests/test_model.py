@@ -139,9 +139,8 @@ def test_the_logits_of_a_long_text_are_those_of_transformers(toy_params, model, 
     np.testing.assert_allclose(logits[-1][::64], TRANSFORMERS_LOGITS[position], atol=1e-4)
 
 
-@pytest.mark.parametrize("model", [gpt2, textbook])
-def test_the_greedy_tokens_are_those_of_transformers(toy_params, model):
-    assert model.generate([511], toy_params, 4, 40) == TRANSFORMERS_TOKENS  # <|endoftext|>
+def test_the_greedy_tokens_are_those_of_transformers(toy_params):
+    assert gpt2.generate([511], toy_params, 4, 40) == TRANSFORMERS_TOKENS  # <|endoftext|>
 
 
 def test_float32_weights_give_float32_logits(params, ids):

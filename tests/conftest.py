@@ -80,8 +80,8 @@ def variables(params, prefix="model"):
     return flat
 
 
-def save(prefix, values):
-    """Write {variable: value} with TensorFlow's Saver. Returns the prefix."""
+def save_with_saver(prefix, values):
+    """Write {variable: value} with TensorFlow's Saver, as OpenAI did. Returns the prefix."""
     import tensorflow as tf
 
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
@@ -92,20 +92,24 @@ def save(prefix, values):
         return saver.save(session, str(prefix))
 
 
+def save(prefix, values):
+    """The same with the operation that the Saver uses, on sorted names; much faster."""
+    import tensorflow as tf
+
+    names = sorted(values)
+    arrays = {"tensor_names": names, "tensors": [values[name] for name in names]}
+    tf.raw_ops.SaveV2(prefix=str(prefix), shape_and_slices=[""] * len(names), **arrays)
+    return str(prefix)
+
+
 def save_in_two_shards(prefix, values):
     import tensorflow as tf
 
-    names = list(values)
-    for i in range(2):
-        tensors = [values[name] for name in names[i::2]]
-        no_slices = [""] * len(tensors)
-        tf.raw_ops.SaveV2(
-            prefix=f"{prefix}_{i}",
-            tensor_names=names[i::2],
-            shape_and_slices=no_slices,
-            tensors=tensors,
-        )
-    parts = [f"{prefix}_0", f"{prefix}_1"]
+    halves = list(values)[::2], list(values)[1::2]
+    parts = [
+        save(f"{prefix}_{i}", {name: values[name] for name in half})
+        for i, half in enumerate(halves)
+    ]
     tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=parts, destination_prefix=str(prefix))
     return str(prefix)
 

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import random_params, run, save, save_in_two_shards, variables
+from conftest import random_params, run, save, save_in_two_shards, save_with_saver, variables
 
 import utils
 
@@ -24,7 +24,7 @@ DATA = ".data-00000-of-00001"
 def saved(tmp_path_factory):
     """A folder with a checkpoint of PARAMS."""
     folder = tmp_path_factory.mktemp("saved")
-    save(folder / "model.ckpt", variables(PARAMS))
+    save_with_saver(folder / "model.ckpt", variables(PARAMS))
     return folder
 
 

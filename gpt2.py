@@ -1,31 +1,41 @@
 """GPT-2 in NumPy, to be read from top to bottom: building blocks, model, greedy generation.
 
-GPT-2 does one thing: given a text, it scores every token that could come next. Append the token
-with the highest score, ask again, and a text is generated:
+GPT-2 does one thing: given a text, it computes a number for every token that could come next, its
+logit. The larger the logit, the more likely the token. Append the token with the largest one, ask
+again, and a text is generated. The command
+
+    python gpt2.py "Alan Turing theorized that"
+
+calls `main`, at the end of this file. In essence, it does this:
+
+    import numpy as np
+    from gpt2 import gpt2
+    from utils import load_encoder_hparams_and_params
 
     encoder, hparams, params = load_encoder_hparams_and_params("124M", "models")
     ids = encoder.encode("Alan Turing theorized that")
     for _ in range(40):
         logits = gpt2(ids, **params, n_head=hparams["n_head"])  # [len(ids), n_vocab]
-        ids.append(np.argmax(logits[-1]))  # the last row scores what follows the last token
+        ids.append(int(np.argmax(logits[-1])))  # the last row is about what follows the last token
     print(encoder.decode(ids))
 
-A token is a word, a piece of a word or punctuation, and its id is its number in the vocabulary. A
-logit is the score of a token. An embedding is the row of numbers that stands for a token inside the
-model. Between layers, x has one such row for each of n_seq tokens: [n_seq, n_embd].
+A token is a word, a piece of a word, or punctuation, and its id is its number in the vocabulary. An
+embedding is the row of numbers that stands for a token inside the model. Between layers, x has one
+such row for each of n_seq tokens: [n_seq, n_embd].
 
            n_vocab     n_ctx             n_embd             n_head            n_layer
            vocabulary  context length    numbers in a row   attention heads   layers
     124M   50257       1024              768                12                12
     1558M  50257       1024              1600               25                48
 
-The weights are float32 arrays in nested dicts (all of them are listed in `gpt2`). A linear layer is
-a dict {"w": weights, "b": bias}, a layer norm is {"g": gain, "b": bias}. So if c_fc is a linear
-layer, linear(x, **c_fc) is short for linear(x, w=c_fc["w"], b=c_fc["b"]).
+The weights are what training has adjusted. They are float32 arrays in nested dicts, all of which
+are listed in `transformer`. A linear layer is a dict {"w": weights, "b": bias}, a layer norm is
+{"g": gain, "b": bias}. So if c_fc is a linear layer, linear(x, **c_fc) is short for
+linear(x, w=c_fc["w"], b=c_fc["b"]).
 
 The model is described in "Language Models are Unsupervised Multitask Learners" (Radford et al.
-2019), and OpenAI's code is src/model.py. tests/textbook.py has the same functions in plain loops,
-one row at a time.
+2019), and OpenAI's code is src/model.py of https://github.com/openai/gpt-2. tests/textbook.py has
+the same functions in plain loops, one row at a time.
 """
 
 import math
@@ -41,13 +51,17 @@ def gelu(x):
     function between them, two linear layers would be no more than a single one. This is the tanh
     approximation of "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016), section 2.
     """
-    # math.sqrt, not np.sqrt: its float64 scalar would make everything after it float64 in NumPy 2.
-    # And x * x * x, not x**3, which is much slower
+    # math.sqrt returns a Python float, which leaves the type of the array alone. np.sqrt would
+    # return a float64 scalar, and in NumPy 2, that makes everything computed with it float64.
+    # x * x * x, because x**3 is much slower.
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
 def softmax(x):
-    """Turn scores into probabilities, with a sum of 1 along the last axis. Any shape."""
+    """Turn each row of numbers into probabilities: positive, and with a sum of 1.
+
+    Any shape; the rows are along the last axis. The larger a number, the larger its probability.
+    """
     # e^(x - max) = e^x / e^max, and e^max cancels out below; e^x alone could overflow
     powers = np.exp(x - np.max(x, axis=-1, keepdims=True))
     return powers / np.sum(powers, axis=-1, keepdims=True)
@@ -86,24 +100,37 @@ def ffn(x, c_fc, c_proj):
 
 
 def attention(q, k, v, mask):
-    """Scaled dot-product attention: softmax(q k^T / sqrt(d_k) + mask) v.
+    """Scaled dot-product attention: softmax(q k^T / sqrt(d) + mask) v.
 
-    A query is what a token looks for, a key is how others find it, and a value is what it passes on
-    to them. Each query gets the average of the values, weighted by how well their keys match it.
-    The mask is added to the scores: 0 keeps a key, -1e10 hides it.
+    `mha` computes three rows of d numbers from each token: a query is what the token looks for, a
+    key is how others find it, and a value is what it passes on to them. Here, each query gets the
+    average of all values, weighted by how well their keys match the query. The mask is added to the
+    scores of these matches: 0 leaves a key visible, -1e10 hides it.
 
-    q [..., n_q, d_k], k [..., n_k, d_k], v [..., n_k, d_v], mask [n_q, n_k] -> [..., n_q, d_v].
-    In GPT-2, "..." is n_head, and d_k = d_v = n_embd/n_head. Vaswani et al. 2017, section 3.2.1.
+    q [n_q, d], k [n_k, d], v [n_k, d], mask [n_q, n_k] -> [n_q, d]. If q, k and v have another axis
+    in front, n_head, this is done for each head separately. Vaswani et al. 2017, section 3.2.1.
     """
-    # dot products grow like sqrt(d_k), as terms of either sign partly cancel; without the scaling,
-    # softmax would put nearly all its weight on one key
-    scores = (q / math.sqrt(q.shape[-1])) @ k.swapaxes(-1, -2) + mask  # [..., n_q, n_k]
-    return softmax(scores) @ v  # [..., n_q, n_k] @ [..., n_k, d_v] -> [..., n_q, d_v]
+    # A score is a dot product, a sum of d terms, and for random vectors it grows like sqrt(d). If
+    # it were not divided by that, softmax would put nearly all the weight on one key. Dividing q
+    # has the same effect as dividing q k^T, and q is usually the smaller array.
+    scaled_q = q / math.sqrt(q.shape[-1])
+    scores = scaled_q @ k.swapaxes(-1, -2) + mask  # [n_q, d] @ [d, n_k] -> [n_q, n_k]
+    weights = softmax(scores)  # the attention weights: each row has a sum of 1
+    return weights @ v  # [n_q, n_k] @ [n_k, d] -> [n_q, d]
 
 
-# Generation calls the model once per new token. Without a cache, each call would compute the keys
-# and values of all earlier tokens again; with one, they are kept. It changes nothing but the time:
-# on a first reading, up to `stream`, take kvcache to be None and n_past to be 0.
+# ---- The cache -------------------------------------------------------------------------------
+#
+# To generate a text, the model is called once per new token. In each layer, a token needs the keys
+# and values of all tokens up to itself. Those of the earlier tokens are the same in every call,
+# because no token looks at later ones. So `stream`, below, keeps them in an array, the kvcache:
+#
+#     [n_layer, 2, n_head, capacity, n_embd/n_head]
+#
+# (2: keys and values. capacity: the number of tokens it has room for.) So only the new token itself
+# has to go through the model. n_past is the number of tokens that are in the cache already. Up to
+# rounding, the results are the same as without a cache. On a first reading, skip what is about it:
+# take kvcache to be None and n_past to be 0.
 
 
 def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
@@ -114,8 +141,8 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
 
     [n_seq, n_embd] -> [n_seq, n_embd]. Vaswani et al. 2017, section 3.2.2.
 
-    kvcache: float32 [2, n_head, capacity, n_embd/n_head]. It holds the keys and values of n_past
-    earlier tokens; mha appends those of x, in place.
+    kvcache: None, or this layer's part of the cache, float32 [2, n_head, capacity, n_embd/n_head].
+    It holds n_past earlier tokens; the keys and values of x are written after theirs.
     """
     n_seq, n_embd = x.shape
     # project to queries, keys and values: [n_seq, n_embd] -> [n_seq, 3*n_embd]
@@ -132,12 +159,16 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
         kvcache[1, :, n_past : n_past + n_seq] = v
         k, v = kvcache[:, :, : n_past + n_seq]  # each [n_head, n_past + n_seq, n_embd/n_head]
 
-    # causal mask, [n_seq, n_past + n_seq]: a row per query, a column per key. np.tri is 1 up to the
-    # query's own column (k=n_past shifts the diagonal), 0 after it. For three tokens, the mask is
-    #     [[0, -1e10, -1e10],
-    #      [0,     0, -1e10],
-    #      [0,     0,     0]]  and exp(-1e10) is 0: softmax gives no weight to later tokens
-    mask = (1 - np.tri(n_seq, n_past + n_seq, k=n_past, dtype=np.float32)) * -1e10
+    # causal mask: a row per query, a column per key. np.tri is 1 on and below the diagonal, and 0
+    # above it. The third argument moves the diagonal n_past columns to the right, because query i
+    # belongs to token n_past + i, which sees the keys 0 to n_past + i. The mask for
+    #     three tokens:               two tokens after one in the cache:
+    #     [[0, -1e10, -1e10],         [[0,     0, -1e10],
+    #      [0,     0, -1e10],          [0,     0,     0]]
+    #      [0,     0,     0]]
+    # In softmax, exp(-1e10) is 0: later tokens get no weight.
+    visible = np.tri(n_seq, n_past + n_seq, n_past, dtype=np.float32)
+    mask = (1 - visible) * -1e10  # [n_seq, n_past + n_seq]
 
     heads = attention(q, k, v, mask)  # [n_head, n_seq, n_embd/n_head]
     # merge heads: [n_head, n_seq, n_embd/n_head] -> [n_seq, n_embd]
@@ -157,10 +188,10 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kvcache=None, n_past=0):
     return x + ffn(layer_norm(x, **ln_2), **mlp)
 
 
-def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
-    """The model: token ids [n_seq] -> logits [n_seq, n_vocab]; with a kvcache, only the last row.
+def transformer(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
+    """All of the model but its last step: token ids [n_seq] -> [n_seq, n_embd].
 
-    Row i scores each token of the vocabulary as the one that follows inputs[: i + 1].
+    Row i is computed from inputs[: i + 1], and is about the token that follows them.
 
     The weights are passed as **params, a tree of float32 arrays:
 
@@ -177,69 +208,77 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
                 c_proj  w [4*n_embd, n_embd], b [n_embd]      projection back down
         ln_f            g [n_embd], b [n_embd]                final layer norm
 
-    kvcache: float32 [n_layer, 2, n_head, capacity, n_embd/n_head], as in `mha` for each layer. The
-    inputs then follow the n_past tokens that are in it.
-    Raises IndexError for an id >= n_vocab and for more than n_ctx tokens in total.
+    kvcache: None, or float32 [n_layer, 2, n_head, capacity, n_embd/n_head]. It holds n_past earlier
+    tokens; the inputs follow them, and are added to it.
+    Raises IndexError for an id >= n_vocab, and for more than n_ctx tokens in total. (JAX does not.)
     """
-    ids = np.asarray(inputs)  # indexing with an array (JAX needs one) picks a row per token
-    positions = np.arange(n_past, n_past + len(ids))
+    ids = np.asarray(inputs)  # [n_seq]
+    positions = np.arange(n_past, n_past + len(ids))  # [n_seq]
     # attention by itself does not see the order of the tokens: so each one's position is added
-    x = wte[ids] + wpe[positions]  # [n_seq] -> [n_seq, n_embd]
+    x = wte[ids] + wpe[positions]  # pick a row per token: [n_seq] -> [n_seq, n_embd]
 
     for i, block in enumerate(blocks):
         layer_cache = None if kvcache is None else kvcache[i]  # a view: mha writes into kvcache
         x = transformer_block(x, **block, n_head=n_head, kvcache=layer_cache, n_past=n_past)
 
-    if kvcache is not None:
-        # generation needs only what follows the last token. With 124M and a long prompt, the logits
-        # of all tokens would take about a quarter of the time of everything before this line
-        x = x[-1:]
-    # tied embeddings: the row of wte that embeds a token also scores it, by its dot product with x.
-    # "Using the Output Embedding to Improve Language Models" (Press and Wolf 2017)
-    return layer_norm(x, **ln_f) @ wte.T  # [n_seq, n_embd] @ [n_embd, n_vocab] -> [n_seq, n_vocab]
+    return layer_norm(x, **ln_f)
 
 
-# How many tokens of a prompt run through the model at once. Attention computes n_seq x n_seq scores
-# per head: with a long prompt as a whole, they would take more memory and more time.
+def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
+    """The model: token ids [n_seq] -> logits [n_seq, n_vocab].
+
+    Row i has a logit for each token of the vocabulary: the larger, the more likely is the token to
+    follow inputs[: i + 1]. The arguments and errors are those of `transformer`.
+    """
+    x = transformer(inputs, wte, wpe, blocks, ln_f, n_head, kvcache, n_past)
+    # tied embeddings: the row of wte that embeds a token also gives its logit, as a dot product
+    # with x. "Using the Output Embedding to Improve Language Models" (Press and Wolf 2017)
+    return x @ wte.T  # [n_seq, n_embd] @ [n_embd, n_vocab] -> [n_seq, n_vocab]
+
+
+# How many tokens of a prompt go through the model at once. With larger chunks, the scores of
+# attention, n_seq x (n_past + n_seq) per head, take more memory; with smaller ones, the matrix
+# products are slower. When measured, 384 was about the fastest.
 CHUNK = 384
 
 
 def stream(inputs, params, n_head, n_tokens_to_generate):
     """Greedy generation: repeatedly yield the most likely next token (lowest id on ties).
 
-    The same tokens as with the loop at the top of this file, but with a cache.
+    This does what the loop at the top of this file does, but with a cache. It does not stop at
+    `<|endoftext|>`, after which the model begins an unrelated text.
 
-    inputs: a list of token ids, at least one. params: the weights, as in `gpt2`. Yields
+    inputs: a list of token ids, at least one. params: the weights, as in `transformer`. Yields
     n_tokens_to_generate ids, ints, each before the next one is computed.
     Raises ValueError if there are no inputs, IndexError when the context of n_ctx tokens is full.
     """
     n_ctx, n_embd = params["wpe"].shape
+    n_layer = len(params["blocks"])
     capacity = min(len(inputs) + n_tokens_to_generate, n_ctx)
     # np.empty does not initialize the array: each entry is written before it is read
-    kvcache = np.empty((len(params["blocks"]), 2, n_head, capacity, n_embd // n_head), np.float32)
+    kvcache = np.empty((n_layer, 2, n_head, capacity, n_embd // n_head), np.float32)
 
-    # prefill: run all inputs but the last, only to fill the cache. (The loop below could do that,
-    # too, but one matrix product for many tokens is faster than one for each of them)
+    # prefill: all inputs but the last go through the model only to fill the cache, many at once,
+    # since one matrix product for many tokens is faster than one for each. No logits are needed
     *past, token = inputs
     for n_past in range(0, len(past), CHUNK):
-        gpt2(past[n_past : n_past + CHUNK], **params, n_head=n_head, kvcache=kvcache, n_past=n_past)
+        chunk = past[n_past : n_past + CHUNK]
+        transformer(chunk, **params, n_head=n_head, kvcache=kvcache, n_past=n_past)
 
-    # decode (not the tokenizer's): feed one token, get the next
+    # decode: feed one token, get the next
     for n_past in range(len(past), len(past) + n_tokens_to_generate):
         logits = gpt2([token], **params, n_head=n_head, kvcache=kvcache, n_past=n_past)
         token = int(np.argmax(logits[-1]))  # softmax would not change which one is the largest
         yield token
 
 
-# Two functions for programs that import this file. The program at its end calls `stream_text`
-# instead, to print each piece of text at once; of `main`, it takes the parameters and the help.
-
-
 def generate(inputs, params, n_head, n_tokens_to_generate):
-    """Return the ids that `stream` yields as a list, and show a progress bar meanwhile."""
+    """Return the ids that `stream` yields as a list, with a progress bar meanwhile.
+
+    For programs that import this file; `main` calls `stream`, to print each token at once.
+    """
     ids = stream(inputs, params, n_head, n_tokens_to_generate)
-    # list(tqdm(...)) would first reserve memory for n_tokens_to_generate ids
-    return [i for i in tqdm(ids, "generating", n_tokens_to_generate)]
+    return list(tqdm(ids, "generating", n_tokens_to_generate))
 
 
 def main(
@@ -248,7 +287,7 @@ def main(
     model_size: str = "124M",
     models_dir: str = "models",
 ) -> str:
-    """Continue a text with GPT-2.
+    """Continue a text with GPT-2: print the new text, token by token, and return it.
 
     Args:
         prompt: the text to continue, in quotation marks. If it begins with "-", write
@@ -263,34 +302,35 @@ def main(
     Raises:
         UserError (a ValueError), OSError or ImportError: something the user can fix.
     """
-    return "".join(stream_text(prompt, n_tokens_to_generate, model_size, models_dir))
-
-
-def stream_text(prompt, n_tokens_to_generate, model_size, models_dir):
-    """Yield the text that `main` returns, piece by piece. Raises what `main` raises.
-
-    This is a chain of generators: the text of each token is yielded before the next is computed.
-    """
     from utils import UserError, load_encoder_hparams_and_params  # the model does not need utils
 
-    # refused before anything is downloaded (it is text from the command line, or an int)
+    # refuse this before anything is downloaded (it is text from the command line, or an int)
     if not str(n_tokens_to_generate).isdecimal():
         raise UserError(f"{n_tokens_to_generate!r} is not a token count: is the prompt in quotes?")
     n_new = int(n_tokens_to_generate)
+
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    # an empty prompt becomes the separator between training documents
-    ids = encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]]
-    if len(ids) + n_new > hparams["n_ctx"]:
-        counts = f"the prompt has {len(ids)} tokens; {n_new} more"
-        raise UserError(f"{counts} would exceed the context of {hparams['n_ctx']}")
-    yield from encoder.decode_each(stream(ids, params, hparams["n_head"], n_new))
+    ids = encoder.encode(prompt)
+    if not ids:
+        ids = [encoder.encoder["<|endoftext|>"]]  # the separator between training documents
+
+    n_ctx = hparams["n_ctx"]
+    if len(ids) + n_new > n_ctx:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens; {n_new} more would exceed the context of {n_ctx}"
+        )
+
+    text = ""
+    new_ids = stream(ids, params, hparams["n_head"], n_new)
+    for piece in encoder.decode_each(new_ids):  # asks for one id at a time
+        print(piece, end="", flush=True)
+        text += piece
+    print(flush=True)
+    return text
 
 
 if __name__ == "__main__":
     from utils import one_line_errors, parse_arguments
 
-    # what `main` does, but each piece of text is printed as soon as it is generated
     with one_line_errors():
-        for piece in stream_text(*parse_arguments(main)):
-            print(piece, end="", flush=True)
-        print(flush=True)
+        main(*parse_arguments(main))

@@ -1,26 +1,51 @@
 """Everything around the model. None of it is needed to understand GPT-2.
 
-gpt2.py calls `load_encoder_hparams_and_params`, which calls `download_gpt2_files`, `get_encoder` of
-encoder.py and `load_gpt2_params_from_tf_ckpt`. The program at the end of gpt2.py also calls
-`parse_arguments` and `one_line_errors`. Each function is followed by those that it calls.
+gpt2.py calls three of these functions. Below each one are those that it calls, in the order of the
+calls, which is also the order of this file:
+
+    load_encoder_hparams_and_params    everything that the model needs
+        download_gpt2_files            the files that are missing
+            download_file              one file, with as many requests as it takes
+                download_rest          one request
+                    total_size
+        read_encoder                   the tokenizer, from encoder.json and vocab.bpe
+        read_hparams                   the hyperparameters, from hparams.json
+        ckpt_prefix                    where the checkpoint is
+        load_gpt2_params_from_tf_ckpt  the weights
+            weight_shapes
+            can_be_mapped
+                data_file
+            read_with_tensorflow       slow, but verifies checksums
+                import_tensorflow
+                advice_on_damage
+                check_names_and_shapes
+            is_verified
+                stamp_file
+                make_stamp
+            map_weights                fast, but checks nothing
+            map_and_verify
+            nest
+    parse_arguments                    the command line
+    one_line_errors                    errors that the user can fix
+        replace_unencodable_characters
+        flush_stdout
 """
 
 import contextlib
 import functools
 import json
+import math
 import os
+import re
 import sys
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from encoder import get_encoder
+from encoder import MismatchError, get_encoder
 
 SIZES = ("124M", "355M", "774M", "1558M")
-URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
-SMALL_FILES = ("encoder.json", "hparams.json", "vocab.bpe")
-WEIGHTS = ("model.ckpt.meta", "model.ckpt.data-00000-of-00001", "model.ckpt.index", "checkpoint")
 
 
 class UserError(ValueError):
@@ -31,127 +56,336 @@ def load_encoder_hparams_and_params(model_size, models_dir):
     """Load everything `gpt2.generate` needs: an Encoder, the hparams dict and the params dict.
 
     hparams are the hyperparameters: n_vocab, n_ctx, n_embd, n_head and n_layer. params are the
-    weights, in the tree that `gpt2.gpt2` takes. model_size: 124M, 355M, 774M or 1558M. Its files
-    are in <models_dir>/<model_size>; missing ones are downloaded first.
+    weights, in the tree that `gpt2.transformer` takes. model_size: 124M, 355M, 774M or 1558M. Its
+    files are in <models_dir>/<model_size>; missing ones are downloaded first.
     Raises UserError (a ValueError), OSError, or ImportError if TensorFlow cannot be imported.
     """
     if model_size not in SIZES:
         raise UserError(f"model_size must be one of {', '.join(SIZES)}, not {model_size!r}")
-    model_dir = Path(os.path.expanduser(models_dir), model_size)
+    models_dir = os.path.expanduser(models_dir)  # ~ is the home folder
+    model_dir = Path(models_dir, model_size)
+
     download_gpt2_files(model_size, model_dir)
+    encoder = read_encoder(model_size, models_dir)
+    hparams = read_hparams(model_dir / "hparams.json")
+    params = load_gpt2_params_from_tf_ckpt(ckpt_prefix(model_dir), hparams)
+    return encoder, hparams, params
+
+
+# ---- Download --------------------------------------------------------------------------------
+
+URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
+TIMEOUT = 60  # how many seconds to wait for the next bytes from the server
+
+
+def download_gpt2_files(model_size, model_dir):
+    """Download whichever of OpenAI's seven files are missing from the folder model_dir.
+
+    `checkpoint` comes last. So if it is there, the weights are complete, or are the user's own, and
+    only the three small files are downloaded. Raises UserError or OSError.
+    """
+    model_dir = Path(model_dir)
+    model_dir.mkdir(parents=True, exist_ok=True)
+    names = ["encoder.json", "hparams.json", "vocab.bpe"]
+    if not (model_dir / "checkpoint").exists():
+        names += ["model.ckpt.meta", "model.ckpt.data-00000-of-00001", "model.ckpt.index"]
+        names.append("checkpoint")
+    for name in names:
+        path = model_dir / name
+        if not path.exists():
+            download_file(f"{URL}/{model_size}/{name}", path)
+
+
+def download_file(url, path):
+    """Download url to the partial file <path>.part, and rename it to path when it is complete.
+
+    If the connection breaks, request the rest, as long as each request brings some bytes. What has
+    been downloaded is kept: a later run requests the rest, too.
+    """
+    part = path.with_name(f"{path.name}.part")
+    part.touch()
+    while True:
+        size_before = part.stat().st_size
+        try:
+            download_rest(url, part)
+            break
+        except OSError as error:  # all errors of requests are OSErrors, too
+            if part.stat().st_size == size_before:
+                raise UserError(f"cannot download {path}; rerun to resume ({error})") from error
+    part.replace(path)
+
+
+def download_rest(url, part):
+    """Request what the partial file still lacks, and append it. Raises OSError."""
+    import requests  # here, because a run without a download does not need it
+
+    # one byte early: a complete file has no rest, and a request for it would be an HTTP error
+    start = max(part.stat().st_size - 1, 0)
+    headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}  # not compressed
     try:
-        encoder = get_encoder(model_size, model_dir.parent)
-        hparams = json.loads((model_dir / "hparams.json").read_text("utf-8"))
-        if hparams["n_vocab"] != len(encoder.encoder) or hparams["n_embd"] % hparams["n_head"]:
-            raise ValueError(f"wrong n_vocab or n_head in hparams.json: {hparams}")
-        return encoder, hparams, load_gpt2_params_from_tf_ckpt(ckpt_prefix(model_dir), hparams)
-    # what a missing file, or the contents of a damaged or foreign one, can raise
-    except (ValueError, TypeError, LookupError, ArithmeticError, FileNotFoundError) as error:
-        advice = "if its files are OpenAI's, delete it to download them again"
-        raise UserError(f"cannot load {model_dir} ({error}); {advice}") from error
+        reply = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
+    except ValueError as error:  # of a proxy address that cannot be right, for instance
+        raise OSError(f"invalid proxy or URL: {error}") from error
+
+    with reply, open(part, "r+b") as file:
+        total = total_size(reply, start)
+        file.seek(start)
+        with tqdm(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True) as bar:
+            for chunk in reply.iter_content(8192):
+                file.write(chunk)
+                bar.update(len(chunk))
+    size = part.stat().st_size
+    if size != total:
+        raise OSError(f"got {size:,} of {total:,} bytes")
 
 
-# ---- Checkpoint ------------------------------------------------------------------------------
+def total_size(reply, start):
+    """Return the size of the whole file, of which the reply is the rest, from byte `start` on.
+
+    Raises OSError if the reply is anything else, which must not be appended to the partial file.
+    """
+    if reply.status_code != 206:  # Partial Content; a login page, for instance, would be 200 OK
+        raise OSError(f"got {reply.status_code} {reply.reason} instead of the file")
+    content_range = reply.headers.get("Content-Range", "")
+    match = re.fullmatch(rf"bytes {start}-\d+/(\d+)", content_range)
+    if match is None:
+        raise OSError(f"asked for bytes {start}-, got a Content-Range of {content_range!r}")
+    return int(match[1])
+
+
+# ---- The three small files -------------------------------------------------------------------
+
+# what parsing a file raises if it is not JSON, or not text: it is truncated, for instance
+NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
+
+
+def read_encoder(model_size, models_dir):
+    """Return the Encoder. Raises UserError if one of its two files is damaged."""
+    try:
+        return get_encoder(model_size, models_dir)
+    except NOT_JSON as error:
+        path = Path(models_dir, model_size, "encoder.json")
+        raise UserError(f"cannot read {path}; delete it to download it again ({error})") from error
+    except MismatchError as error:
+        raise UserError(f"{error}; delete both to download them again") from error
+
+
+def read_hparams(path):
+    """Return the hyperparameters, a dict of ints. Raises UserError if the file is damaged."""
+    try:
+        hparams = json.loads(path.read_text("utf-8"))
+    except NOT_JSON as error:
+        raise UserError(f"cannot read {path}; delete it to download it again ({error})") from error
+    for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"):
+        if name not in hparams:
+            raise UserError(f"{path} has no {name}; delete it to download it again")
+    return hparams
+
+
+# ---- The checkpoint --------------------------------------------------------------------------
 #
 # A TensorFlow checkpoint is two files (or more, if the data is in several shards). What their names
 # begin with, here model.ckpt, is called the prefix.
 #
-# model.ckpt.index                  the names, shapes and checksums of the variables
-# model.ckpt.data-00000-of-00001    their values; in OpenAI's, float32 arrays one after another
-ENDINGS = ("/wte", "/wpe", "/w", "/b", "/g")  # not those of an optimizer, as in model/wte/Adam
+#     model.ckpt.index                  the names, shapes and checksums of the variables
+#     model.ckpt.data-00000-of-00001    their values
+#
+# In OpenAI's data file, the values are float32 arrays one after another, in the order of their
+# names, and nothing else. So it can be memory-mapped: the arrays are then parts of the file that
+# the operating system reads when they are used. This takes no time and no second copy in memory,
+# but it checks nothing. TensorFlow does, but importing it and reading all weights takes seconds.
+# So the first run does both, and compares: later runs rely on the map.
+
+# both, because no weights are downloaded as long as there is a `checkpoint`
+DELETE_CHECKPOINT = "if it is OpenAI's, delete model.ckpt.* and checkpoint to download them again"
 
 
 def ckpt_prefix(model_dir):
-    """Return the prefix named by the file `checkpoint`: model_checkpoint_path: "model.ckpt".
+    """Return the prefix that the file `checkpoint` names: model_checkpoint_path: "model.ckpt".
 
-    If it names a folder as well, where the checkpoint was once saved, model_dir takes its place.
+    If that is a path to the folder where the checkpoint was saved, perhaps on Windows, only what
+    follows its last / or \\ counts, and model_dir takes the place of the folder.
     """
-    lines = (model_dir / "checkpoint").read_text("utf-8").splitlines()
-    path = [line for line in lines if line.startswith("model_checkpoint_path:")][-1].split('"')[1]
-    return model_dir / PureWindowsPath(path).name  # the part after the last "/" or "\"
+    file = model_dir / "checkpoint"
+    paths = re.findall(r'^model_checkpoint_path: *"(.+)"', file.read_text("utf-8"), re.MULTILINE)
+    if not paths:
+        raise UserError(f'{file} has no line model_checkpoint_path: "..."; {DELETE_CHECKPOINT}')
+    name = re.split(r"[/\\]", paths[-1])[-1]
+    return model_dir / name
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
-    """Load the weights as `gpt2.gpt2` takes them: nested dicts of float32 arrays.
+    """Load the weights as `gpt2.transformer` takes them: nested dicts of float32 arrays.
 
-    tf_ckpt_path: the prefix. hparams: n_vocab, n_ctx, n_embd, n_layer. Raises ValueError if the
-    checkpoint is damaged or does not fit hparams, ImportError if TensorFlow is needed but broken.
+    tf_ckpt_path: the prefix. hparams: n_vocab, n_ctx, n_embd and n_layer. Raises UserError (a
+    ValueError) if the checkpoint is damaged or does not fit hparams, ImportError if TensorFlow is
+    needed but cannot be imported.
 
-    OpenAI's data file can be memory-mapped, because it holds the weights one after another, in the
-    order of their names. This is fast, but checks nothing: so the first run also reads them with
-    TensorFlow. If they are equal, <prefix>.verified gets the size and modification time of the data
-    file. While those stay the same, later runs do without TensorFlow. Checkpoints that cannot be
-    mapped (with an optimizer's variables, float16, or in several shards) need it at every run.
-
-    The arrays can be changed: the map is copy-on-write, so the file stays as it is.
+    Arrays that are memory-mapped can be changed: the map is copy-on-write, so the file keeps its
+    bytes.
     """
-    shapes = weight_shapes(*[hparams[name] for name in ("n_vocab", "n_ctx", "n_embd", "n_layer")])
-    data = Path(f"{tf_ckpt_path}.data-00000-of-00001")
-    verified = Path(f"{tf_ckpt_path}.verified")
-    mapped = map_weights(data, shapes)
-    stamp = f"{data.stat().st_size} {data.stat().st_mtime_ns}" if mapped else ""
-    if mapped and verified.is_file() and verified.read_bytes() == stamp.encode():
-        return nest(mapped, hparams["n_layer"])
-    print(f"reading {tf_ckpt_path} with TensorFlow", file=sys.stderr)  # importing it takes seconds
-    weights = read_with_tensorflow(tf_ckpt_path, shapes, mapped)
-    if all(weights[name] is mapped.get(name) for name in shapes):  # all were equal
-        with contextlib.suppress(OSError):  # a read-only folder
-            verified.write_text(stamp)
+    shapes = weight_shapes(hparams)
+    if not can_be_mapped(tf_ckpt_path, shapes):
+        # it has several shards, float16 numbers, or also an optimizer's variables
+        weights = dict(read_with_tensorflow(tf_ckpt_path, shapes))
+    elif is_verified(tf_ckpt_path, hparams):
+        weights = map_weights(tf_ckpt_path, shapes)
+    else:
+        weights = map_and_verify(tf_ckpt_path, shapes, hparams)
     return nest(weights, hparams["n_layer"])
 
 
-def weight_shapes(n_vocab, n_ctx, n_embd, n_layer):
-    """Return {name: shape} of GPT-2's weights, sorted by name, which is the order of the data file.
+def weight_shapes(hparams):
+    """Return {name: shape} of GPT-2's weights: the tree of `gpt2.transformer`, not yet nested."""
+    n_embd = hparams["n_embd"]
+    block = {
+        "ln_1/g": (n_embd,),
+        "ln_1/b": (n_embd,),
+        "attn/c_attn/w": (n_embd, 3 * n_embd),
+        "attn/c_attn/b": (3 * n_embd,),
+        "attn/c_proj/w": (n_embd, n_embd),
+        "attn/c_proj/b": (n_embd,),
+        "ln_2/g": (n_embd,),
+        "ln_2/b": (n_embd,),
+        "mlp/c_fc/w": (n_embd, 4 * n_embd),
+        "mlp/c_fc/b": (4 * n_embd,),
+        "mlp/c_proj/w": (4 * n_embd, n_embd),
+        "mlp/c_proj/b": (n_embd,),
+    }
+    shapes = {}
+    shapes["model/wte"] = (hparams["n_vocab"], n_embd)
+    shapes["model/wpe"] = (hparams["n_ctx"], n_embd)
+    for i in range(hparams["n_layer"]):
+        for name, shape in block.items():
+            shapes[f"model/h{i}/{name}"] = shape
+    shapes["model/ln_f/g"] = (n_embd,)
+    shapes["model/ln_f/b"] = (n_embd,)
+    return shapes
 
-    (So h10 comes before h2.) In the checkpoint, each "w" has an extra first axis of length 1.
+
+def data_file(prefix):
+    """Return the path of the data, if they are in a single file."""
+    return Path(f"{prefix}.data-00000-of-00001")
+
+
+def can_be_mapped(prefix, shapes):
+    """Whether the data file is just as long as all weights together, at 4 bytes per float32."""
+    n_weights = sum(math.prod(shape) for shape in shapes.values())
+    file = data_file(prefix)
+    return file.exists() and file.stat().st_size == 4 * n_weights
+
+
+def read_with_tensorflow(prefix, shapes):
+    """Yield (name, float32 array) for each of the weights. TensorFlow verifies their checksums.
+
+    Raises UserError if the checkpoint is damaged or has other weights, ImportError if TensorFlow
+    cannot be imported.
     """
-    shapes = {"model/wte": (n_vocab, n_embd), "model/wpe": (n_ctx, n_embd)}
-    for h in [f"model/h{i}" for i in range(n_layer)]:
-        shapes |= {f"{h}/ln_1/g": (n_embd,), f"{h}/ln_1/b": (n_embd,)}
-        shapes |= {f"{h}/attn/c_attn/w": (n_embd, 3 * n_embd), f"{h}/attn/c_attn/b": (3 * n_embd,)}
-        shapes |= {f"{h}/attn/c_proj/w": (n_embd, n_embd), f"{h}/attn/c_proj/b": (n_embd,)}
-        shapes |= {f"{h}/ln_2/g": (n_embd,), f"{h}/ln_2/b": (n_embd,)}
-        shapes |= {f"{h}/mlp/c_fc/w": (n_embd, 4 * n_embd), f"{h}/mlp/c_fc/b": (4 * n_embd,)}
-        shapes |= {f"{h}/mlp/c_proj/w": (4 * n_embd, n_embd), f"{h}/mlp/c_proj/b": (n_embd,)}
-    shapes |= {"model/ln_f/g": (n_embd,), "model/ln_f/b": (n_embd,)}
-    return dict(sorted(shapes.items()))
+    with tqdm(desc=f"reading {prefix} with TensorFlow", total=len(shapes)) as bar:
+        tf = import_tensorflow()
+        with advice_on_damage(prefix, tf):
+            reader = tf.train.load_checkpoint(str(prefix))
+            variables = reader.get_variable_to_shape_map()
+        check_names_and_shapes(prefix, variables, shapes)
+        for name, shape in shapes.items():
+            with advice_on_damage(prefix, tf):
+                array = reader.get_tensor(name)
+            yield name, np.asarray(array, np.float32).reshape(shape)
+            bar.update()
 
 
-def map_weights(path, shapes):
-    """Memory-map a data file and cut it into {name: array}, or {} if its length does not fit."""
-    sizes = [np.prod(shape, dtype=np.int64) for shape in shapes.values()]
-    if not path.exists() or path.stat().st_size != 4 * sum(sizes):  # 4 bytes per float32
-        return {}
-    data = np.memmap(path, np.float32, mode="c")  # copy-on-write
-    pieces = np.split(np.asarray(data), np.cumsum(sizes)[:-1])
-    return {name: piece.reshape(shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}
-
-
-def read_with_tensorflow(prefix, shapes, mapped):
-    """Read the weights with TensorFlow, which verifies their checksums: {name: array}.
-
-    Of two equal arrays, the mapped one is kept. Raises ValueError if the checkpoint is damaged or
-    has other weights, ImportError if TensorFlow cannot be imported.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no log messages
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+def import_tensorflow():
+    """Import TensorFlow, without its log messages. Raises ImportError if that fails."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # oneDNN logs a message at any level
     try:
-        import tensorflow as tf
+        import tensorflow
     except Exception as error:  # a broken installation can raise anything
         raise ImportError(f"cannot import TensorFlow: {error}") from error
+    return tensorflow
+
+
+@contextlib.contextmanager
+def advice_on_damage(prefix, tf):
+    """Turn what TensorFlow raises for a damaged checkpoint into a UserError that says what to do.
+
+    Nothing but TensorFlow's own calls may stand in it.
+    """
     try:
-        reader = tf.train.load_checkpoint(str(prefix))
-        variables = reader.get_variable_to_shape_map().items()
-        # without the extra axis of each "w"
-        stored = {name: tuple(shape[-2:]) for name, shape in variables if name.endswith(ENDINGS)}
-        if stored != shapes:  # ^: what is in only one of them
-            raise ValueError(f"not a GPT-2 of this size: {min(stored.items() ^ shapes.items())}")
-        weights = {}
-        for name, shape in tqdm(shapes.items(), "reading"):
-            array = np.asarray(reader.get_tensor(name), np.float32).reshape(shape)
-            weights[name] = mapped[name] if np.array_equal(array, mapped.get(name)) else array
-    except tf.errors.OpError as error:
-        raise ValueError(error.message) from error
+        yield
+    except (tf.errors.OpError, IndexError) as error:  # IndexError: the data file is too short
+        raise UserError(f"cannot read {prefix}; {DELETE_CHECKPOINT} ({error})") from error
+
+
+def check_names_and_shapes(prefix, variables, shapes):
+    """Raise UserError unless the variables of the checkpoint are GPT-2's weights.
+
+    variables: {name: shape}. There may be more variables, such as an optimizer's "model/wte/Adam".
+    """
+    stored = {}
+    for name, shape in variables.items():
+        if name.endswith(("/wte", "/wpe", "/g", "/b", "/w")):
+            stored[name] = tuple(shape[-2:])  # each "w" has an extra first axis of length 1
+    for name in sorted(stored | shapes):
+        found = stored.get(name, "missing")
+        expected = shapes.get(name, "no such weight")
+        if found != expected:
+            raise UserError(
+                f"{prefix} does not fit hparams.json: {name} is {found}, expected {expected}"
+            )
+
+
+def stamp_file(prefix):
+    """Return the path of the file that says which data file has been verified."""
+    return Path(f"{prefix}.verified")
+
+
+def make_stamp(prefix, hparams):
+    """Return what that file says: when the data file was changed, and what decides how it is cut.
+
+    The time is in whole seconds, because archives and container images store no fractions of them.
+    """
+    stamp = {"modified": int(data_file(prefix).stat().st_mtime)}
+    for name in ("n_vocab", "n_ctx", "n_embd", "n_layer"):
+        stamp[name] = hparams[name]
+    return json.dumps(stamp)
+
+
+def is_verified(prefix, hparams):
+    """Whether an earlier run has verified this data file."""
+    file = stamp_file(prefix)
+    return file.is_file() and file.read_text() == make_stamp(prefix, hparams)
+
+
+def map_weights(prefix, shapes):
+    """Memory-map the data file, and cut it into {name: array}."""
+    memmap = np.memmap(data_file(prefix), np.float32, mode="c")  # copy-on-write
+    data = np.asarray(memmap)  # the same memory as a plain array, which NumPy handles faster
+    weights = {}
+    start = 0
+    for name in sorted(shapes):  # the order of the file; h10 comes before h2
+        end = start + math.prod(shapes[name])
+        weights[name] = data[start:end].reshape(shapes[name])
+        start = end
+    return weights
+
+
+def map_and_verify(prefix, shapes, hparams):
+    """Memory-map the data file, and compare each array with what TensorFlow reads.
+
+    Returns {name: array}: TensorFlow's array where they differ, because its variables are in
+    another order in the file. If none differs, later runs need not compare them again.
+    """
+    stamp = make_stamp(prefix, hparams)
+    weights = map_weights(prefix, shapes)
+    n_different = 0
+    for name, array in read_with_tensorflow(prefix, shapes):
+        if not np.array_equal(array, weights[name]):
+            weights[name] = array
+            n_different += 1
+    if n_different == 0:
+        with contextlib.suppress(OSError):  # in a read-only folder, every run compares them
+            stamp_file(prefix).write_text(stamp)
     return weights
 
 
@@ -171,59 +405,7 @@ def nest(weights, n_layer):
     return params
 
 
-# ---- Download --------------------------------------------------------------------------------
-
-
-def download_gpt2_files(model_size, model_dir):
-    """Download whichever of OpenAI's seven files are missing from the folder model_dir.
-
-    `checkpoint` comes last. So if it is there, the weights are complete, or are the user's own, and
-    only encoder.json, hparams.json and vocab.bpe are downloaded. Raises UserError or OSError.
-    """
-    Path(model_dir).mkdir(parents=True, exist_ok=True)
-    for name in SMALL_FILES if Path(model_dir, "checkpoint").exists() else SMALL_FILES + WEIGHTS:
-        download_file(f"{URL}/{model_size}/{name}", Path(model_dir, name))
-
-
-def download_file(url, path):
-    """Download url to the partial file <path>.part, and rename it to path when it is complete.
-
-    If the connection breaks, request the rest, as long as each attempt brings some bytes. A later
-    run resumes it, too. Two processes can write the same file: each writes the same bytes.
-    """
-    part = path.with_name(f"{path.name}.part")
-    while not path.exists():
-        part.touch()
-        size = part.stat().st_size
-        try:
-            fetch_rest(url, part)
-            part.replace(path)
-        except OSError as err:
-            if not path.exists() and part.stat().st_size == size:
-                raise UserError(f"cannot download {path.name} ({err}); rerun to resume") from err
-
-
-def fetch_rest(url, part):
-    """Request what the partial file still lacks, and append it. Raises OSError."""
-    import requests
-
-    with open(part, "r+b") as file:
-        # one byte early: the rest of a complete file would be empty, which is an error in HTTP
-        start = file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
-        headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}
-        # with auth, requests does not send a password from ~/.netrc: OpenAI's server refuses any
-        with requests.get(url, headers=headers, auth=lambda r: r, stream=True, timeout=10) as reply:
-            if reply.status_code != 206:  # for instance 200, for a login page
-                raise OSError(f"got {reply.status_code} {reply.reason} instead of the file")
-            total = int(reply.headers["Content-Range"].rpartition("/")[2])
-            with tqdm(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True) as bar:
-                for chunk in reply.iter_content(8192):
-                    bar.update(file.write(chunk))
-    if part.stat().st_size != total:
-        raise OSError(f"got {part.stat().st_size:,} of {total:,} bytes")
-
-
-# ---- Command line ----------------------------------------------------------------------------
+# ---- The command line ------------------------------------------------------------------------
 
 
 def parse_arguments(main):
@@ -234,27 +416,63 @@ def parse_arguments(main):
     import fire
 
     arguments = []
-    # what Fire calls instead of main; wraps gives it main's signature and docstring
-    record = functools.wraps(main)(lambda *values: arguments.extend(values))
-    # every argument is text, even 12345 (SetParseFn, Fire's own way, would show up in the help)
-    fire.core.parser.DefaultParseValue = str
-    fire.Fire(record, [*sys.argv[1:], "--"])  # after "--" come options of Fire itself: none
+
+    # Fire gets this function with the signature and docstring of main, instead of main itself: it
+    # calls what it gets before it notices a misspelled option
+    @functools.wraps(main)
+    def collect(*values):
+        arguments.extend(values)
+
+    # Every argument is text: Fire would turn a prompt like 12345 or [1, 2] into a number or a list.
+    # The function that does this is replaced, since Fire's own way (SetParseFn) shows in the help
+    parse_value = fire.parser.DefaultParseValue
+    fire.parser.DefaultParseValue = str
+    try:
+        fire.Fire(collect)
+    except SystemExit as error:
+        if error.code != 0:  # it is 0 after --help
+            print("Put the prompt in quotation marks; --help lists the options.", file=sys.stderr)
+        raise
+    finally:
+        fire.parser.DefaultParseValue = parse_value
     return arguments
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Print an error that the user can fix as one line on stderr, and exit with status 1."""
-    if hasattr(sys.stdout, "reconfigure"):  # Jupyter's stdout encodes nothing
-        sys.stdout.reconfigure(errors="replace")  # "?" for what it cannot encode
+    """For the command line: print errors that the user can fix as one line, exit with status 1.
+
+    The line goes to stderr. Any other exception is a mistake of ours, and keeps its traceback.
+    """
+    replace_unencodable_characters()
     try:
         yield
-    except (UserError, OSError, MemoryError, ImportError, KeyboardInterrupt) as error:
-        # a broken pipe means that nobody reads on, as in `... | head`
-        if not isinstance(error, (BrokenPipeError, KeyboardInterrupt)):
-            print(" ".join(str(error).split()) or "out of memory", file=sys.stderr)
-        try:
-            sys.stdout.flush()
-        except OSError:  # send stdout nowhere: Python flushes it at exit, and would fail again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        # Ctrl+C. Python then ends as if by the signal itself, so that a shell's loop around the
+        # program ends, too
+        sys.tracebacklimit = 0  # prints no traceback
+        raise
+    except BrokenPipeError:
+        # nobody reads the output any more, as after `| head`: no reason to complain
+        flush_stdout()
+        sys.exit(1)
+    except (UserError, OSError, ImportError) as error:
+        message = " ".join(str(error).split())  # in one line
+        print(message, file=sys.stderr)
+        flush_stdout()
+        sys.exit(1)
+
+
+def replace_unencodable_characters():
+    """From now on, print a character that the terminal's encoding does not have as "?"."""
+    if hasattr(sys.stdout, "reconfigure"):  # not in Jupyter, where stdout encodes nothing
+        sys.stdout.reconfigure(errors="replace")
+
+
+def flush_stdout():
+    """Flush stdout. If that fails, send it nowhere, or Python would fail to flush it at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())

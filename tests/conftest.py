@@ -17,7 +17,7 @@ import utils
 
 collect_ignore = ["tools"]  # scripts, not tests
 ROOT = pathlib.Path(__file__).parent.parent
-TOY = ROOT / "tests" / "models"  # a models_dir
+TOY = ROOT / "tests/toy"  # a models_dir
 FILES = ["encoder.json", "hparams.json", "vocab.bpe", "model.ckpt.meta"]
 FILES += ["model.ckpt.data-00000-of-00001", "model.ckpt.index", "checkpoint"]
 
@@ -92,11 +92,11 @@ def save_with_saver(prefix, values):
         return saver.save(session, str(prefix))
 
 
-def save(prefix, values):
-    """The same with the operation that the Saver uses, on sorted names; much faster."""
+def save(prefix, values, order=sorted):
+    """The same with the operation that the Saver uses, much faster. The Saver sorts the names."""
     import tensorflow as tf
 
-    names = sorted(values)
+    names = order(values)
     arrays = {"tensor_names": names, "tensors": [values[name] for name in names]}
     tf.raw_ops.SaveV2(prefix=str(prefix), shape_and_slices=[""] * len(names), **arrays)
     return str(prefix)
@@ -126,9 +126,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = self.path.rpartition("/")[2]
         start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
         self.server.asked[name].append(start)
-        if self.headers["Authorization"]:
-            self.reply(400)  # so does Azure for a public file
-        elif self.path != f"/gpt-2/models/124M/{name}":
+        if self.path != f"/gpt-2/models/124M/{name}":
             self.reply(404)
         elif name in self.server.faults:
             self.server.faults[name](self, start)

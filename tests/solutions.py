@@ -19,13 +19,13 @@ N_HEAD = 4
 
 def load_toy():
     """The encoder and a fresh copy of the weights, which an exercise may change."""
-    encoder, _hparams, params = load_encoder_hparams_and_params("124M", TESTS / "models")
+    encoder, _hparams, params = load_encoder_hparams_and_params("124M", TESTS / "toy")
     return encoder, params
 
 
 def poem_ids():
     encoder, _params = load_toy()
-    return encoder.encode((TESTS / "models" / "poem.txt").read_text("utf-8"))
+    return encoder.encode((TESTS / "toy/poem.txt").read_text("utf-8"))
 
 
 # ---- Exercise 1: the loss --------------------------------------------------------------------

@@ -10,8 +10,9 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import random_params, run, save, save_in_two_shards, save_with_saver, variables
+from conftest import TOY, random_params, run, save, save_in_two_shards, save_with_saver, variables
 
+import gpt2
 import utils
 
 HPARAMS = {"n_vocab": 300, "n_ctx": 16, "n_embd": 12, "n_head": 3, "n_layer": 12}
@@ -59,9 +60,17 @@ def assert_same(loaded, params):
 
 
 def flip_a_bit(path, position):
+    """As by a failing disk, or a bad copy; at another time than the last change of the file."""
     raw = bytearray(path.read_bytes())
     raw[position] ^= 1
     path.write_bytes(raw)
+    os.utime(path, (1, 1))
+
+
+def tokens_of(models_dir):
+    """What the model generates after "'Twas"."""
+    encoder, hparams, params = utils.load_encoder_hparams_and_params("124M", str(models_dir))
+    return encoder.decode(gpt2.generate(encoder.encode("'Twas"), params, hparams["n_head"], 4))
 
 
 # ---- What loads ------------------------------------------------------------------------------
@@ -76,7 +85,13 @@ def test_a_later_load_needs_no_tensorflow_and_copies_nothing(prefix, no_tensorfl
     no_tensorflow()
     again = load(prefix)
     assert_same(again, PARAMS)
-    assert all(isinstance(a.base.base, np.memmap) for a in variables(again).values())
+    assert all(is_mapped(array) for array in variables(again).values())
+
+
+def is_mapped(array):
+    while isinstance(array, np.ndarray) and not isinstance(array, np.memmap):
+        array = array.base
+    return isinstance(array, np.memmap)
 
 
 def test_weights_can_be_changed_and_the_file_keeps_its_bytes(prefix):
@@ -100,6 +115,17 @@ UNALIGNED = WEIGHTS | {"a_flag": np.bool_(True)}
 def test_a_checkpoint_that_cannot_be_mapped_is_read_at_every_load(tmp_path, save, values):
     """With other variables, another type of numbers, or in several shards."""
     prefix = save(tmp_path / "model-1000", values)
+    for _ in range(2):
+        assert_same(load(prefix), PARAMS)
+
+
+def test_a_data_file_in_another_order_gives_the_right_weights_at_every_load(tmp_path):
+    """It is as long as OpenAI's, so it can be mapped; but the arrays in the map are wrong."""
+    prefix = save(tmp_path / "model.ckpt", WEIGHTS, order=list)
+    sorted_prefix = save(tmp_path / "sorted.ckpt", WEIGHTS)
+    raw, sorted_raw = (pathlib.Path(name + DATA).read_bytes() for name in (prefix, sorted_prefix))
+    assert len(raw) == len(sorted_raw)
+    assert raw != sorted_raw
     for _ in range(2):
         assert_same(load(prefix), PARAMS)
 
@@ -153,6 +179,15 @@ def test_a_checkpoint_replaced_by_an_older_one_is_verified_again(prefix, tmp_pat
     assert_same(load(prefix), OTHER_PARAMS)
 
 
+def test_a_time_without_fractions_of_a_second_is_the_same(prefix, no_tensorflow):
+    """Archives and container images keep whole seconds only."""
+    os.utime(prefix + DATA, (1_000_000_000.75, 1_000_000_000.75))
+    load(prefix)
+    os.utime(prefix + DATA, (1_000_000_000, 1_000_000_000))
+    no_tensorflow()
+    assert_same(load(prefix), PARAMS)
+
+
 def test_half_a_stamp_matches_nothing(prefix, no_tensorflow):
     load(prefix)
     stamp = pathlib.Path(f"{prefix}.verified")
@@ -182,12 +217,21 @@ def test_only_the_four_sizes_reach_a_path(tmp_path, size):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"n_layer": 11}, {"n_layer": 13}, {"n_vocab": 7}, {"n_ctx": 7}, {"n_embd": 6}]
+    ("changes", "difference"),
+    [
+        ({"n_layer": 11}, "model/h11/attn/c_attn/b is (36,), expected no such weight"),
+        ({"n_layer": 13}, "model/h12/attn/c_attn/b is missing, expected (36,)"),
+        ({"n_vocab": 7}, "model/wte is (300, 12), expected (7, 12)"),
+        ({"n_ctx": 7}, "model/wpe is (16, 12), expected (7, 12)"),
+        ({"n_embd": 6}, "model/h0/attn/c_attn/b is (36,), expected (18,)"),
+        ({"n_vocab": 16, "n_ctx": 300}, "model/wpe is (16, 12), expected (300, 12)"),
+    ],
 )
-def test_weights_of_another_size_are_refused(prefix, changes):
-    """A layer too many, or too few, and so on. Also when the stamp is there."""
+def test_weights_that_do_not_fit_hparams_are_refused(prefix, changes, difference):
+    """Also when they have been verified, and even if they are as many."""
     load(prefix)
-    with pytest.raises(ValueError, match=r"not a GPT-2 of this size: \('model/"):
+    message = f"{prefix} does not fit hparams.json: {difference}"
+    with pytest.raises(utils.UserError, match=f"^{re.escape(message)}$"):
         load(prefix, **changes)
 
 
@@ -195,50 +239,105 @@ TRANSPOSED = WEIGHTS | {"model/wte": WEIGHTS["model/wte"].T}  # the file is as l
 FOREIGN = {f"newslm{name[5:]}": value for name, value in WEIGHTS.items()}
 
 
-@pytest.mark.parametrize("values", [TRANSPOSED, FOREIGN])
-def test_weights_with_other_shapes_or_names_are_refused(tmp_path, values):
-    with pytest.raises(ValueError, match=r"not a GPT-2 of this size: \('model/"):
+@pytest.mark.parametrize(
+    ("values", "difference"),
+    [
+        (TRANSPOSED, "model/wte is (12, 300), expected (300, 12)"),
+        (FOREIGN, "model/h0/attn/c_attn/b is missing, expected (36,)"),
+    ],
+)
+def test_weights_with_other_shapes_or_names_are_refused(tmp_path, values, difference):
+    with pytest.raises(utils.UserError, match=f"{re.escape(difference)}$"):
         load(save(tmp_path / "model.ckpt", values))
 
 
-@pytest.mark.parametrize("changes", [{"n_vocab": 513}, {"n_head": 7}, {"n_head": 0}])
-def test_hparams_that_cannot_be_right_are_refused_before_tensorflow(toy, changes, no_tensorflow):
-    path = toy / "124M" / "hparams.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    no_tensorflow()
-    with pytest.raises(utils.UserError, match="cannot load"):
-        load_toy(toy)
+def half_of(name):
+    content = (TOY / "124M" / name).read_bytes()
+    return content[: len(content) // 2]
 
 
-def test_a_vocabulary_with_more_tokens_than_wte_has_rows_is_refused(toy):
+JSON = "cannot read {path}; delete it to download it again"
+LACKS = "{path} has no n_vocab; delete it to download it again"
+MISMATCH = "{folder}/vocab.bpe does not match encoder.json; delete both to download them again"
+OPENAIS = "if it is OpenAI's, delete model.ckpt.* and checkpoint to download them again"
+CHECKPOINT = f"cannot read {{folder}}/model.ckpt; {OPENAIS}"
+NO_SUCH_CHECKPOINT = f"cannot read {{folder}}/model-7; {OPENAIS}"
+NAMELESS = f'{{path}} has no line model_checkpoint_path: "..."; {OPENAIS}'
+DAMAGE = [  # a file, what is in it instead (None: it is missing), the message
+    ("encoder.json", half_of("encoder.json"), JSON),
+    ("encoder.json", b"", JSON),
+    ("encoder.json", b"\xff", JSON),
+    ("encoder.json", b"{}", MISMATCH),
+    ("vocab.bpe", half_of("vocab.bpe"), MISMATCH),
+    ("vocab.bpe", b"", MISMATCH),
+    ("hparams.json", half_of("hparams.json"), JSON),
+    ("hparams.json", b"", JSON),
+    ("hparams.json", b"{}", LACKS),
+    ("checkpoint", b"", NAMELESS),
+    ("checkpoint", b'model_checkpoint_path: "model.c', NAMELESS),
+    ("checkpoint", b'model_checkpoint_path: "model-7"', NO_SUCH_CHECKPOINT),
+    ("model.ckpt.index", half_of("model.ckpt.index"), CHECKPOINT),
+    ("model.ckpt.index", b"", CHECKPOINT),
+    ("model.ckpt.index", b"x" * 100, CHECKPOINT),
+    ("model.ckpt.index", None, CHECKPOINT),
+    (f"model.ckpt{DATA}", half_of(f"model.ckpt{DATA}"), CHECKPOINT),
+    (f"model.ckpt{DATA}", b"", CHECKPOINT),
+    (f"model.ckpt{DATA}", None, CHECKPOINT),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), DAMAGE)
+def test_a_damaged_file_is_one_error_that_says_what_to_delete(toy, server, name, content, message):
+    """And when just that is deleted, the next run downloads it and generates its text."""
     folder = toy / "124M"
-    encoder = json.loads((folder / "encoder.json").read_text("utf-8"))
-    encoder |= {"\u0120xyzzy": 511, "<|endoftext|>": 512}
-    (folder / "encoder.json").write_text(json.dumps(encoder))
-    with open(folder / "vocab.bpe", "a", encoding="utf-8") as file:
-        file.write("\u0120xyz zy\n")
-    hparams = json.loads((folder / "hparams.json").read_text()) | {"n_vocab": 513}
+    path = folder / name
+    path.unlink() if content is None else path.write_bytes(content)
+    expected = re.escape(message.format(folder=folder, path=path))
+    a_reason = r"( \(.+\))?"
+    with pytest.raises(utils.UserError, match=f"(?s)^{expected}{a_reason}$"):
+        load_toy(toy)
+
+    if OPENAIS in message:
+        doomed = [*folder.glob("model.ckpt.*"), folder / "checkpoint"]
+    elif message == MISMATCH:
+        doomed = [folder / "encoder.json", folder / "vocab.bpe"]
+    else:
+        doomed = [path]
+    for file in doomed:
+        file.unlink()
+    assert tokens_of(toy) == " brillig, and the"
+
+
+@pytest.mark.parametrize("function", ["nest", "weight_shapes", "map_weights", "get_encoder"])
+@pytest.mark.parametrize("error", [TypeError, KeyError, ValueError, ZeroDivisionError])
+def test_a_mistake_of_our_own_is_no_user_error(toy, monkeypatch, function, error):
+    """So it is a traceback, and no advice to delete a model."""
+
+    def mistake(*arguments):
+        raise error("a mistake")
+
+    monkeypatch.setattr(utils, function, mistake)
+    with pytest.raises(error) as raised:
+        load_toy(toy)
+    assert raised.type is error
+
+
+def test_a_vocabulary_with_an_added_token_loads(toy):
+    """With one more row in wte, and n_vocab one larger; or n_vocab padded, and no such token."""
+    folder = toy / "124M"
+    hparams = json.loads((folder / "hparams.json").read_text("utf-8"))
+    hparams["n_vocab"] += 1
     (folder / "hparams.json").write_text(json.dumps(hparams))
-    with pytest.raises(utils.UserError, match=r"\('model/wte', \(512, 48\)\)"):
-        load_toy(toy)
+    reader = tf.train.load_checkpoint(str(folder / "model.ckpt"))
+    values = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+    values["model/wte"] = np.pad(values["model/wte"], [(0, 1), (0, 0)])
+    save(folder / "model.ckpt", values)
+    assert tokens_of(toy) == " brillig, and the"
 
-
-DAMAGE = [("encoder.json", text) for text in ("", "[]", "7", "{}")]
-DAMAGE += [("vocab.bpe", text) for text in ("", "#version: 0.2\n")]
-DAMAGE += [("hparams.json", text) for text in ("", "[]", "7", "{}", '{"n_vocab": "512"}')]
-DAMAGE += [("checkpoint", text) for text in ("", 'model_checkpoint_path: "model-7"')]
-DAMAGE += [("model.ckpt.index", text) for text in ("", "x" * 100, None)]  # None: missing
-DAMAGE += [(f"model.ckpt{DATA}", text) for text in ("", "x" * 100, None)]
-
-
-@pytest.mark.parametrize(("name", "content"), DAMAGE)
-def test_a_damaged_or_missing_file_is_one_error_that_names_the_folder(toy, name, content):
-    path = toy / "124M" / name
-    path.unlink() if content is None else path.write_text(content)
-    advice = "if its files are OpenAI's, delete it to download them again"
-    message = rf"(?s)cannot load {re.escape(str(toy / '124M'))} \(.+\); {advice}"
-    with pytest.raises(utils.UserError, match=message):
-        load_toy(toy)
+    encoder = json.loads((folder / "encoder.json").read_text("utf-8"))
+    encoder["<|user|>"] = 512
+    (folder / "encoder.json").write_text(json.dumps(encoder))
+    assert tokens_of(toy) == " brillig, and the"
 
 
 @pytest.mark.parametrize("error", ["ImportError", "ValueError", "TypeError"])

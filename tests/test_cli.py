@@ -4,10 +4,12 @@ import io
 import os
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 
+import fire
 import pytest
 from conftest import ROOT, TOY, run
 
@@ -17,6 +19,7 @@ import utils
 PROMPT = "Twas brillig, and the slithy"
 VERSE = " toves\nDid gyre and gimble in the wabe:\nAll mimsy were the borogoves,\n"
 USAGE = "Usage: gpt2.py"
+HINT = "Put the prompt in quotation marks; --help lists the options.\n"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,9 +29,9 @@ def verified_toy():
 
 
 def command_line(monkeypatch, *arguments):
-    """The text that `python gpt2.py *arguments` prints."""
+    """The text that `python gpt2.py *arguments` generates."""
     monkeypatch.setattr(sys, "argv", ["gpt2.py", *map(str, arguments)])
-    return "".join(gpt2.stream_text(*utils.parse_arguments(gpt2.main)))
+    return gpt2.main(*utils.parse_arguments(gpt2.main))
 
 
 # ---- What it prints --------------------------------------------------------------------------
@@ -40,12 +43,28 @@ def test_the_text_goes_to_stdout_and_nothing_else_anywhere():
     assert (done.stdout[-1], done.stderr, done.returncode) == ("\n", "", 0)
 
 
+def test_main_prints_the_text_that_it_returns(capsys):
+    text = gpt2.main(PROMPT, 20, models_dir=TOY)
+    assert text.startswith(VERSE)
+    assert capsys.readouterr() == (text + "\n", "")
+
+
+def test_by_default_it_is_40_tokens_by_124m_in_the_folder_models(monkeypatch):
+    loaded = utils.load_encoder_hparams_and_params("124M", TOY)
+    asked = []
+    monkeypatch.setattr(
+        utils, "load_encoder_hparams_and_params", lambda *names: asked.append(names) or loaded
+    )
+    assert command_line(monkeypatch, PROMPT) == gpt2.main(PROMPT, 40)
+    assert asked == [("124M", "models")] * 2
+
+
 def test_a_later_run_imports_neither_tensorflow_nor_requests():
     code = (
         f"import sys, gpt2; gpt2.main({PROMPT!r}, 1, models_dir={str(TOY)!r})\n"
         "print({'tensorflow', 'requests', 'fire'} & sys.modules.keys())"
     )
-    assert run("-c", code).stdout == "set()\n"
+    assert run("-c", code).stdout == " toves\nset()\n"
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, ""), (1, " toves"), (4, " toves\nDid gyre")])
@@ -80,24 +99,60 @@ def test_what_stdout_cannot_encode_is_a_question_mark():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["hello", "world"], "'world' is not a token count: is the prompt in quotes?\n"),
-        (["x", "--n_tokens_to_generate=ten"], "'ten' is not a token count"),
-        (["x", "--model_size", "124"], "one of 124M, 355M, 774M, 1558M, not '124'\n"),
-        (["x", "40", "124M", "models", "y"], f"Could not consume arg: y\n{USAGE}"),
-        (["x", "--temperature=1"], f"Could not consume arg: --temperature=1\n{USAGE}"),
-        (["x", "--", "--trace"], f"Could not consume arg: --\n{USAGE}"),
-        (["--version"], f"required argument: prompt\n{USAGE}"),
-        (["-hello"], f"required argument: prompt\n{USAGE}"),
-        ([], f"required argument: prompt\n{USAGE}"),
+        (["hello", "world"], "'world' is not a token count: is the prompt in quotes?"),
+        (
+            ["x", "--n_tokens_to_generate=ten"],
+            "'ten' is not a token count: is the prompt in quotes?",
+        ),
+        (["x", "-1"], "'-1' is not a token count: is the prompt in quotes?"),
+        (["x", "\u00b2"], "'\u00b2' is not a token count: is the prompt in quotes?"),
+        (
+            ["x", "--model_size", "124"],
+            "model_size must be one of 124M, 355M, 774M, 1558M, not '124'",
+        ),
     ],
 )
-def test_a_mistake_is_refused_before_a_download(tmp_path, monkeypatch, capsys, arguments, message):
+def test_a_wrong_value_is_one_line_before_a_download(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    assert refuse(tmp_path, monkeypatch, arguments) == 1
+    assert capsys.readouterr() == ("", f"{message}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["Alan", "Turing", "theorized", "that", "computers"], "Could not consume arg: computers"),
+        (["x", "--temperature=1"], "Could not consume arg: --temperature=1"),
+        (["--version"], "The function received no value for the required argument: prompt"),
+        (["-hello"], "The function received no value for the required argument: prompt"),
+        ([], "The function received no value for the required argument: prompt"),
+    ],
+)
+def test_wrong_arguments_are_fires_lines_and_a_hint_before_a_download(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    assert refuse(tmp_path, monkeypatch, arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"ERROR: {message}\n{USAGE}")
+    assert err.endswith(f"\n{HINT}")
+
+
+def refuse(tmp_path, monkeypatch, arguments):
+    """Run the program in an empty folder, which stays empty. Returns its exit status."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gpt2.py", *arguments])
-    with pytest.raises(SystemExit, match="^[12]$"):
+    with pytest.raises(SystemExit) as exit:
         runpy.run_path(str(ROOT / "gpt2.py"), run_name="__main__")
-    out, err = capsys.readouterr()
-    assert (message in err, out, os.listdir(tmp_path)) == (True, "", [])
+    assert os.listdir(tmp_path) == []
+    return exit.value.code
+
+
+def test_fire_is_left_as_it_was(monkeypatch):
+    parse_value = fire.parser.DefaultParseValue
+    command_line(monkeypatch, "12345", "1", "--models_dir", TOY)
+    assert fire.parser.DefaultParseValue is parse_value
 
 
 def test_help_shows_the_options_and_nothing_of_how_they_are_parsed():
@@ -105,6 +160,7 @@ def test_help_shows_the_options_and_nothing_of_how_they_are_parsed():
     for words in ("gpt2.py PROMPT", "1558M", "how many tokens to add", '--prompt="-..."'):
         assert words in done.stderr
     assert "METADATA" not in done.stderr
+    assert HINT not in done.stderr
     assert (done.stdout, done.returncode) == ("", 0)
 
 
@@ -120,18 +176,42 @@ def test_the_prompt_and_the_new_tokens_may_fill_the_context_and_not_exceed_it():
     [
         ("utils.UserError('two\\nlines')", "two lines\n"),
         ("FileExistsError(17, 'File exists', 'models')", "[Errno 17] File exists: 'models'\n"),
-        ("MemoryError", "out of memory\n"),
-        ("KeyboardInterrupt", ""),
+        ("ImportError('No module named fire')", "No module named fire\n"),
+        ("BrokenPipeError", ""),
     ],
 )
-def test_an_error_the_user_can_fix_is_one_line_and_ctrl_c_is_none(error, line):
+def test_an_error_the_user_can_fix_is_one_line(error, line):
     done = run("-c", f"import utils\nwith utils.one_line_errors(): raise {error}")
-    assert (done.stdout, done.stderr, done.returncode > 0) == ("", line, True)
+    assert (done.stdout, done.stderr, done.returncode) == ("", line, 1)
 
 
-def test_an_error_of_our_own_keeps_its_traceback():
-    done = run("-c", "import utils\nwith utils.one_line_errors(): raise ValueError")
+@pytest.mark.skipif(os.name == "nt", reason="needs bash")
+def test_ctrl_c_shows_no_traceback_and_ends_a_loop_of_the_shell_around_the_program():
+    # Ctrl+C sends SIGINT to all processes of the foreground: to the shell and the program
+    ctrl_c = "import os, signal, time, utils\nwith utils.one_line_errors():\n    "
+    ctrl_c += "os.killpg(0, signal.SIGINT); time.sleep(9)"
+    loop = f"for i in 1 2 3; do {shlex.join([sys.executable, '-c', ctrl_c])}; echo next; done"
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "start_new_session": True}
+    done = subprocess.run(["bash", "-c", loop], check=False, **options)
+    assert (done.stdout, done.stderr) == ("", "KeyboardInterrupt\n")
+    assert done.returncode == -signal.SIGINT
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pseudo-terminals")
+def test_the_first_run_prints_its_text_even_if_the_terminal_of_stderr_is_gone(toy):
+    terminal, stderr = os.openpty()
+    os.close(terminal)
+    options = {"capture_output": False, "stdout": subprocess.PIPE, "stderr": stderr}
+    done = run("gpt2.py", PROMPT, "1", "124M", toy, **options)
+    os.close(stderr)
+    assert done.stdout == " toves\n"
+
+
+@pytest.mark.parametrize("error", ["ValueError", "TypeError", "KeyError", "MemoryError"])
+def test_any_other_error_keeps_its_traceback(error):
+    done = run("-c", f"import utils\nwith utils.one_line_errors(): raise {error}")
     assert done.stderr.startswith("Traceback")
+    assert done.returncode == 1
 
 
 FULL_DISK = "[Errno 28] No space left on device\n"

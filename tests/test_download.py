@@ -1,9 +1,11 @@
 """The download, from a local server that behaves as OpenAI's does, or misbehaves on command."""
 
+import gzip
 import itertools
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import FILES, ROOT, TOY
@@ -30,8 +32,8 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_the_projects_url_is_openais():
-    assert utils.URL == "https://openaipublic.blob.core.windows.net/gpt-2/models"
+def test_the_files_come_from_the_address_that_the_readme_names():
+    assert f"{utils.URL}/124M/" in (ROOT / "README.md").read_text("utf-8")
 
 
 def test_an_empty_folder_gets_the_seven_files_checkpoint_last(folder, server):
@@ -78,34 +80,116 @@ def test_a_later_run_resumes_the_partial_file(folder, server, missing):
     assert server.asked[DATA] == [size - 1]
 
 
-RANGE = {"Content-Range": f"bytes {HALF - 1}-{SIZE - 2}/{SIZE}"}  # without the last byte
-FAULTS = [
-    (lambda handler, start: handler.send_range(start, CONTENT[DATA], cut=0), "Connection broken"),
-    (lambda handler, start: handler.reply(404), "got 404 Not Found instead of the file"),
-    (lambda handler, start: handler.reply(200, b"<html>"), "got 200 OK instead of the file"),
-    (lambda handler, start: handler.reply(206, CONTENT[DATA][start:-1], **RANGE), "got 487,103 of"),
-]
+def cut_at_once(handler, start):
+    handler.send_range(start, CONTENT[DATA], cut=0)
 
 
-@pytest.mark.parametrize(("fault", "reason"), FAULTS)
-def test_the_reason_is_one_line_and_what_came_is_kept(folder, server, fault, reason):
+def nothing_there(handler, start):
+    handler.reply(404)
+
+
+def login_page(handler, start):
+    handler.reply(200, b"<html>")
+
+
+def without_the_last_byte(handler, start):
+    span = f"bytes {start}-{SIZE - 2}/{SIZE}"
+    handler.reply(206, CONTENT[DATA][start:-1], **{"Content-Range": span})
+
+
+def from_an_earlier_byte(handler, start):
+    handler.send_range(start - 1000, CONTENT[DATA])
+
+
+def without_content_range(handler, start):
+    handler.reply(206, CONTENT[DATA][start:])
+
+
+def of_unknown_size(handler, start):
+    span = f"bytes {start}-{SIZE - 1}/*"
+    handler.reply(206, CONTENT[DATA][start:], **{"Content-Range": span})
+
+
+def silence(handler, start):
+    time.sleep(3)
+    handler.send_range(start, CONTENT[DATA])
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (cut_at_once, "Connection broken"),
+        (nothing_there, "got 404 Not Found instead of the file"),
+        (login_page, "got 200 OK instead of the file"),
+        (without_the_last_byte, "got 487,103 of 487,104 bytes"),
+        (
+            from_an_earlier_byte,
+            f"asked for bytes {HALF - 1}-, got a Content-Range of 'bytes 242551-",
+        ),
+        (without_content_range, f"asked for bytes {HALF - 1}-, got a Content-Range of ''"),
+        (of_unknown_size, f"asked for bytes {HALF - 1}-, got a Content-Range of 'bytes .*/\\*'"),
+        (silence, "Read timed out"),
+    ],
+)
+def test_a_failure_says_what_to_do_and_why_and_what_came_is_kept(
+    folder, server, monkeypatch, fault, reason
+):
     folder.mkdir(parents=True)
     (folder / f"{DATA}.part").write_bytes(CONTENT[DATA][:HALF])
     server.faults[DATA] = fault
-    message = rf"^cannot download {DATA} \(.*{reason}.*\); rerun to resume$"
+    monkeypatch.setattr(utils, "TIMEOUT", 0.5)
+    message = rf"^cannot download {folder / DATA}; rerun to resume \(.*{reason}.*\)$"
     with pytest.raises(utils.UserError, match=message):
         download(folder)
     kept = contents(folder)[f"{DATA}.part"]
-    assert len(kept) >= HALF and CONTENT[DATA].startswith(kept)
+    assert len(kept) >= HALF
+    assert CONTENT[DATA].startswith(kept)
     assert not {DATA, "checkpoint"} & contents(folder).keys()
     server.faults.clear()
     download(folder)
     assert contents(folder) == CONTENT
 
 
+def test_a_server_that_pauses_is_waited_for_up_to_a_minute(folder, server):
+    def pause(handler, start):
+        time.sleep(1)
+        handler.send_range(start, CONTENT["vocab.bpe"])
+
+    server.faults["vocab.bpe"] = pause
+    download(folder)
+    assert len(server.asked["vocab.bpe"]) == 1
+    assert utils.TIMEOUT == 60
+
+
+def test_a_file_is_asked_for_as_it_is_even_if_the_server_could_compress_it(folder, server):
+    def compress(handler, start):
+        if "gzip" in handler.headers["Accept-Encoding"]:
+            body = gzip.compress(CONTENT["vocab.bpe"])
+            span = {"Content-Range": f"bytes 0-{len(body) - 1}/{len(body)}"}
+            handler.reply(206, body, **span, **{"Content-Encoding": "gzip"})
+        else:
+            handler.send_range(start, CONTENT["vocab.bpe"])
+
+    server.faults["vocab.bpe"] = compress
+    download(folder)
+    assert contents(folder) == CONTENT
+
+
 def test_without_a_network_there_is_one_attempt(folder, monkeypatch):
     monkeypatch.setattr(utils, "URL", "http://127.0.0.1:9/where-nothing-listens")
-    with pytest.raises(utils.UserError, match=r"^cannot download encoder\.json \(.*refused.*\)"):
+    message = rf"^cannot download {folder}/encoder\.json; rerun to resume \(.*refused.*\)$"
+    with pytest.raises(utils.UserError, match=message):
+        download(folder)
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    ["http://.corp.example:8080", "http://zo\u00eb:\u0434\u0430@127.0.0.1:9", "http://[::1"],
+)
+def test_a_proxy_address_that_cannot_be_right_is_one_error(folder, monkeypatch, proxy):
+    monkeypatch.setattr(utils, "URL", "http://host.example/gpt-2/models")
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    with pytest.raises(utils.UserError, match="encoder.json; rerun to resume .*proxy"):
         download(folder)
 
 
@@ -114,7 +198,7 @@ def test_a_full_disk_is_named_and_what_came_is_kept(folder, server):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (HALF, limits[1]))  # bytes in a file
-        with pytest.raises(utils.UserError, match=rf"cannot download {DATA} \(.*too large\)"):
+        with pytest.raises(utils.UserError, match=rf"{DATA}; rerun to resume \(.*too large\)$"):
             download(folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -122,35 +206,12 @@ def test_a_full_disk_is_named_and_what_came_is_kept(folder, server):
     assert server.asked[DATA][-1] == HALF - 1
 
 
-def test_credentials_in_netrc_are_not_sent(folder, server, tmp_path, monkeypatch):
-    netrc = tmp_path / "netrc"
-    netrc.write_text("default login anonymous password me@example.com")
-    monkeypatch.setenv("NETRC", str(netrc))
-    download(folder)
-    assert contents(folder) == CONTENT
-
-
-def test_a_file_that_another_process_completes_meanwhile_stays_whole(folder, server):
-    def complete(handler, start):
-        part = folder / f"{DATA}.part"
-        part.write_bytes(CONTENT[DATA])
-        part.rename(folder / DATA)
-        handler.send_range(start, CONTENT[DATA])
-
-    server.faults[DATA] = complete
-    download(folder)
-    assert contents(folder) == CONTENT
-
-
-def test_a_partial_file_that_cannot_be_written_is_refused_at_once(folder, server):
+def test_a_partial_file_that_cannot_be_written_is_named(folder, server):
     shutil.copytree(TOY / "124M", folder)
     (folder / "vocab.bpe").unlink()
     (folder / "vocab.bpe.part").mkdir()
-    with pytest.raises(
-        utils.UserError, match=r"cannot download vocab\.bpe \(.*vocab\.bpe\.part'\)"
-    ):
+    with pytest.raises(utils.UserError, match=r"vocab\.bpe; .* \(.*vocab\.bpe\.part'\)$"):
         download(folder)
-    assert not server.asked
 
 
 def test_the_program_downloads_once_and_then_only_generates(tmp_path, server):
@@ -162,6 +223,6 @@ def test_the_program_downloads_once_and_then_only_generates(tmp_path, server):
     first, second = (subprocess.run(command, check=True, **options) for _ in range(2))
     assert first.stdout == second.stdout
     assert len(first.stdout) > 40
-    assert f"reading {tmp_path}/124M/model.ckpt with TensorFlow\n" in first.stderr
+    assert f"reading {tmp_path}/124M/model.ckpt with TensorFlow: 100%" in first.stderr
     assert second.stderr == ""
     assert server.asked == {name: [0] for name in FILES}

@@ -1,5 +1,6 @@
 """The byte-pair encoding, against tiktoken with the released vocabulary."""
 
+import json
 import pathlib
 import random
 import shutil
@@ -137,11 +138,23 @@ def test_decode_may_be_strict(released):
         strict.decode([strict.encoder["Ã"]])  # the first byte of a character
 
 
+def test_added_tokens_may_follow_in_encoder_json(tmp_path, released):
+    """As in a vocabulary that was extended for fine-tuning."""
+    shutil.copytree(RELEASED, tmp_path / "124M")
+    path = tmp_path / "124M" / "encoder.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"<|user|>": 50257}))
+    extended = get_encoder("124M", str(tmp_path))
+    assert extended.decode([50257]) == "<|user|>"
+    assert extended.encode("Hello <|user|>") == released.encode("Hello <|user|>")
+
+
 DAMAGE = {
     "encoder.json is cut short": lambda raw: raw[: len(raw) // 2],
     "encoder.json has another token": lambda raw: raw.replace(b'"hello"', b'"hullo!"'),
     "encoder.json has an id twice": lambda raw: raw.replace(b": 50255", b": 50254"),
+    "vocab.bpe is empty": lambda raw: b"",
     "vocab.bpe is cut short": lambda raw: raw[: len(raw) // 2],
+    "vocab.bpe is cut in the middle of a character": lambda raw: raw[: raw.index("Ġ".encode()) + 1],
     "vocab.bpe lacks its last characters": lambda raw: raw[:-4],
     "vocab.bpe lacks the version": lambda raw: raw[raw.index(b"\n") + 1 :],
     "vocab.bpe lacks the last merge": lambda raw: raw[: raw.rindex(b"\n", 0, -1) + 1],

@@ -7,7 +7,7 @@ hard to picture, find it here.
 
     python tests/textbook.py
 
-shows what happens inside the toy of tests/models while it continues a line of its poem.
+shows what happens inside the toy of tests/toy while it continues a line of its poem.
 """
 
 import math
@@ -84,8 +84,8 @@ def transformer_block(rows, mlp, attn, ln_1, ln_2, n_head):
     return [row + ffn(layer_norm(row, **ln_2), **mlp) for row in rows]
 
 
-def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):
-    """A list of token ids -> a list of logits, [n_vocab] for each token.
+def transformer(inputs, wte, wpe, blocks, ln_f, n_head):
+    """A list of token ids -> a list of rows [n_embd], one for each token.
 
     wte has a row for each token of the vocabulary, wpe for each position. blocks is a list of
     dicts, one for each layer, with the arguments of transformer_block: mlp, attn, ln_1 and ln_2.
@@ -94,7 +94,12 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):
     rows = [wte[token_id] + wpe[position] for position, token_id in enumerate(inputs)]
     for block in blocks:
         rows = transformer_block(rows, **block, n_head=n_head)
-    rows = [layer_norm(row, **ln_f) for row in rows]
+    return [layer_norm(row, **ln_f) for row in rows]
+
+
+def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):
+    """A list of token ids -> a list of logits, [n_vocab] for each token."""
+    rows = transformer(inputs, wte, wpe, blocks, ln_f, n_head)
     return [wte @ row for row in rows]
 
 
@@ -128,21 +133,31 @@ def show(encoder, params, n_head, text):
 
     print("\nThe three most likely next tokens, the first of which is appended:")
     for _ in range(5):
-        probabilities = softmax(gpt2(ids, **params, n_head=n_head)[-1])
-        best = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])[:3]
-        print(*(f"{probabilities[i]:.3f} {encoder.decode([i])!r:12}" for i in best))
-        ids.append(best[0])
+        logits = gpt2(ids, **params, n_head=n_head)
+        probabilities = softmax(logits[-1])
+        best_first = np.argsort(probabilities)[::-1]
+        for i in best_first[:3]:
+            print(f"{probabilities[i]:.3f} {encoder.decode([i])!r:13}", end="")
+        print()
+        ids.append(best_first[0])
 
 
 def show_attention(rows, tokens, block, n_head):
     """Print what the heads of one layer look at: their attention weights for the last token."""
     print("layer 1, attention weights with which each head averages the values of these tokens:")
-    qkv = [linear(layer_norm(row, **block["ln_1"]), **block["attn"]["c_attn"]) for row in rows]
+    queries, keys = [], []
+    for row in rows:
+        normalized = layer_norm(row, **block["ln_1"])
+        query, key, _value = np.split(linear(normalized, **block["attn"]["c_attn"]), 3)
+        queries.append(np.split(query, n_head))
+        keys.append(np.split(key, n_head))
     for head in range(n_head):
-        query = np.split(np.split(qkv[-1], 3)[0], n_head)[head]
-        keys = [np.split(np.split(row, 3)[1], n_head)[head] for row in qkv]
-        weights = softmax([query @ key / math.sqrt(len(query)) for key in keys])
-        print(f"  head {head}:", *(f"{w:.2f}{t!r}" for w, t in zip(weights, tokens, strict=True)))
+        query = queries[-1][head]
+        scores = [query @ key[head] / math.sqrt(len(query)) for key in keys]
+        print(f"  head {head}:", end="")
+        for weight, token in zip(softmax(scores), tokens, strict=True):
+            print(f" {weight:.2f}{token!r}", end="")
+        print()
 
 
 if __name__ == "__main__":
@@ -153,6 +168,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(tests.parent))
     from utils import load_encoder_hparams_and_params
 
-    encoder, hparams, params = load_encoder_hparams_and_params("124M", tests / "models")
+    encoder, hparams, params = load_encoder_hparams_and_params("124M", tests / "toy")
     np.set_printoptions(precision=2, suppress=True)
     show(encoder, params, hparams["n_head"], "One, two!")

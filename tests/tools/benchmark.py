@@ -69,8 +69,7 @@ def random_weights(hparams):
     from utils import weight_shapes
 
     rng = np.random.default_rng(0)
-    shapes = weight_shapes(*[hparams[name] for name in ("n_vocab", "n_ctx", "n_embd", "n_layer")])
-    for name, shape in shapes.items():
+    for name, shape in weight_shapes(hparams).items():
         mean = 1 if name.endswith("/g") else 0
         yield name, rng.normal(mean, 0.05, shape).astype(np.float32)
 
@@ -90,9 +89,9 @@ def write_checkpoint(path, hparams, encoder):
     tensors = {n: a[None] if n.endswith("/w") else a for n, a in random_weights(hparams)}
     tf.raw_ops.SaveV2(
         prefix=str(path.with_name("model.ckpt")),
-        tensor_names=list(tensors),
+        tensor_names=sorted(tensors),
         shape_and_slices=[""] * len(tensors),
-        tensors=list(tensors.values()),
+        tensors=[tensors[name] for name in sorted(tensors)],
     )
     path.with_name("model.ckpt.meta").touch()
     path.write_text('model_checkpoint_path: "model.ckpt"\n')

@@ -13,8 +13,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TOY = ROOT / "tests/toy"
+sys.path.insert(0, str(ROOT))
 
 import gpt2
 from utils import load_encoder_hparams_and_params
@@ -56,8 +57,8 @@ def draw(weights, tokens, file):
     figure.savefig(file, dpi=80)
 
 
-def main(file=HERE / "attention.png"):
-    encoder, hparams, params = load_encoder_hparams_and_params("124M", HERE.parent / "models")
+def main(file=TOY / "attention.png"):
+    encoder, hparams, params = load_encoder_hparams_and_params("124M", TOY)
     ids = encoder.encode(TEXT)
     weights = attention_weights(ids, params, hparams["n_head"])
     draw(weights[LAYER], [f'"{encoder.decode([i])}"' for i in ids], file)

@@ -1,4 +1,4 @@
-"""Train the toy of tests/models: `python tests/tools/train_toy.py`, 3 to 4 minutes on 2 cores.
+"""Train the toy of tests/toy: `python tests/tools/train_toy.py`, 3 to 4 minutes on 2 cores.
 
 It is a GPT-2 of 3 small layers that learns one poem by heart. Its vocabulary of 512 tokens is
 learned from the poem, too. What is trained is the model of gpt2.py itself, with JAX in place of
@@ -27,7 +27,7 @@ from encoder import PATTERN, Encoder, bytes_to_unicode
 
 # Lewis Carroll, 1871, without the last stanza: it repeats the first one, so the line after it would
 # not follow from the lines before.
-POEM = (ROOT / "tests/models/poem.txt").read_text("utf-8")
+POEM = (ROOT / "tests/toy/poem.txt").read_text("utf-8")
 HPARAMS = {"n_vocab": 512, "n_ctx": 256, "n_embd": 48, "n_head": 4, "n_layer": 3}
 STEPS, BATCH, SEED = 600, 16, 1871
 
@@ -74,8 +74,8 @@ def train(windows, rng):
         value, gradient = jax.value_and_grad(batch_loss)(weights_of(state), batch)
         return value, update(i, gradient, state)
 
-    shapes = utils.weight_shapes(*(HPARAMS[n] for n in ("n_vocab", "n_ctx", "n_embd", "n_layer")))
-    weights = {name: rng.normal(0, 0.1, shape) for name, shape in shapes.items()}
+    shapes = sorted(utils.weight_shapes(HPARAMS).items())
+    weights = {name: rng.normal(0, 0.1, shape) for name, shape in shapes}
     state = start({name: np.float32(w + name.endswith("/g")) for name, w in weights.items()})
     for i in range(STEPS):
         value, state = train_step(i, state, rng.choice(windows, BATCH))
@@ -106,7 +106,7 @@ def save(weights, folder):
         saver.save(session, str(folder / "model.ckpt"))
 
 
-def main(folder=ROOT / "tests/models/124M"):
+def main(folder=ROOT / "tests/toy/124M"):
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     merges = learn_merges(POEM, HPARAMS["n_vocab"] - 257)

@@ -16,7 +16,7 @@ import tensorflow as tf
 import torch
 import transformers
 
-TOY = pathlib.Path(__file__).resolve().parents[1] / "models" / "124M"
+TOY = pathlib.Path(__file__).resolve().parents[1] / "toy/124M"
 
 
 def torch_name(name):

@@ -1,12 +1,12 @@
 """GPT-2 in NumPy, to be read from top to bottom: building blocks, model, greedy generation.
 
-GPT-2 does one thing: given a text, it computes a number for every token that could come next, its
-logit. The larger the logit, the more likely the token. Append the token with the largest one, ask
-again, and a text is generated. The command
+GPT-2 does one thing: given a text, it gives every token that could come next a number, its logit.
+The larger the logit, the more likely the token. Append the most likely token, ask again, and a text
+is generated. The command
 
     python gpt2.py "Alan Turing theorized that"
 
-calls `main`, at the end of this file. In essence, it does this:
+calls `main`, at the end of this file. In essence, this is what happens:
 
     import numpy as np
     from gpt2 import gpt2
@@ -16,7 +16,7 @@ calls `main`, at the end of this file. In essence, it does this:
     ids = encoder.encode("Alan Turing theorized that")
     for _ in range(40):
         logits = gpt2(ids, **params, n_head=hparams["n_head"])  # [len(ids), n_vocab]
-        ids.append(int(np.argmax(logits[-1])))  # the last row is about what follows the last token
+        ids.append(int(np.argmax(logits[-1])))  # the last row predicts what follows the last token
     print(encoder.decode(ids))
 
 A token is a word, a piece of a word, or punctuation, and its id is its number in the vocabulary. An
@@ -28,8 +28,8 @@ such row for each of n_seq tokens: [n_seq, n_embd].
     124M   50257       1024              768                12                12
     1558M  50257       1024              1600               25                48
 
-The weights are what training has adjusted. They are float32 arrays in nested dicts, all of which
-are listed in `transformer`. A linear layer is a dict {"w": weights, "b": bias}, a layer norm is
+The weights are the numbers learned in training: float32 arrays in nested dicts, all listed in the
+docstring of `transformer`. A linear layer is a dict {"w": weights, "b": bias}, a layer norm is
 {"g": gain, "b": bias}. So if c_fc is a linear layer, linear(x, **c_fc) is short for
 linear(x, w=c_fc["w"], b=c_fc["b"]).
 
@@ -53,14 +53,14 @@ def gelu(x):
     """
     # math.sqrt returns a Python float, which leaves the type of the array alone. np.sqrt would
     # return a float64 scalar, and in NumPy 2, that makes everything computed with it float64.
-    # x * x * x, because x**3 is much slower.
+    # x * x * x, because x**3 is much slower
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
 def softmax(x):
-    """Turn each row of numbers into probabilities: positive, and with a sum of 1.
+    """Turn each row of x (along the last axis) into probabilities: positive, with a sum of 1.
 
-    Any shape; the rows are along the last axis. The larger a number, the larger its probability.
+    Any shape. The larger a number, the larger its probability.
     """
     # e^(x - max) = e^x / e^max, and e^max cancels out below; e^x alone could overflow
     powers = np.exp(x - np.max(x, axis=-1, keepdims=True))
@@ -70,7 +70,7 @@ def softmax(x):
 def layer_norm(x, g, b, eps=1e-5):
     """Normalize each row of x to mean 0 and variance 1, then scale by g and shift by b.
 
-    However large the rows of x grow from layer to layer, the next layer sees them at one scale.
+    However large the rows of x grow from layer to layer, each layer sees them on the same scale.
 
     x [..., n_embd], g [n_embd], b [n_embd] -> [..., n_embd]. eps, with OpenAI's value, prevents
     division by zero. "Layer Normalization" (Ba et al. 2016), section 3.
@@ -103,19 +103,19 @@ def attention(q, k, v, mask):
     """Scaled dot-product attention: softmax(q k^T / sqrt(d) + mask) v.
 
     `mha` computes three rows of d numbers from each token: a query is what the token looks for, a
-    key is how others find it, and a value is what it passes on to them. Here, each query gets the
-    average of all values, weighted by how well their keys match the query. The mask is added to the
-    scores of these matches: 0 leaves a key visible, -1e10 hides it.
+    key is how others find it, and a value is what it passes on to them. Here, each query gets a
+    weighted average of the values: the better a key matches the query, the more weight its value
+    has. The mask is added to the scores of these matches: 0 leaves a key visible, -1e10 hides it.
 
     q [n_q, d], k [n_k, d], v [n_k, d], mask [n_q, n_k] -> [n_q, d]. If q, k and v have another axis
     in front, n_head, this is done for each head separately. Vaswani et al. 2017, section 3.2.1.
     """
-    # A score is a dot product, a sum of d terms, and for random vectors it grows like sqrt(d). If
-    # it were not divided by that, softmax would put nearly all the weight on one key. Dividing q
-    # has the same effect as dividing q k^T, and q is usually the smaller array.
+    # a score is a dot product, a sum of d terms, and its typical size grows like sqrt(d). Without
+    # the division, softmax would put nearly all the weight on one key. Dividing q has the same
+    # effect as dividing q k^T, and q is usually the smaller array
     scaled_q = q / math.sqrt(q.shape[-1])
     scores = scaled_q @ k.swapaxes(-1, -2) + mask  # [n_q, d] @ [d, n_k] -> [n_q, n_k]
-    weights = softmax(scores)  # the attention weights: each row has a sum of 1
+    weights = softmax(scores)  # the attention weights; each row has a sum of 1
     return weights @ v  # [n_q, n_k] @ [n_k, d] -> [n_q, d]
 
 
@@ -129,20 +129,21 @@ def attention(q, k, v, mask):
 #
 # (2: keys and values. capacity: the number of tokens it has room for.) So only the new token itself
 # has to go through the model. n_past is the number of tokens that are in the cache already. Up to
-# rounding, the results are the same as without a cache. On a first reading, skip what is about it:
-# take kvcache to be None and n_past to be 0.
+# rounding, the results are the same as without a cache. On a first reading, ignore it: take kvcache
+# to be None and n_past to be 0.
 
 
 def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
     """Causal multi-head self-attention: each token gathers information from those up to itself.
 
-    One average can follow only one kind of match. So there are n_head heads side by side, each with
-    its own queries, keys and values, n_embd/n_head numbers long.
+    A single average can follow only one kind of match ("the token before this one", for instance).
+    So there are n_head heads side by side, each with queries, keys and values of its own, which are
+    n_embd/n_head numbers long.
 
     [n_seq, n_embd] -> [n_seq, n_embd]. Vaswani et al. 2017, section 3.2.2.
 
     kvcache: None, or this layer's part of the cache, float32 [2, n_head, capacity, n_embd/n_head].
-    It holds n_past earlier tokens; the keys and values of x are written after theirs.
+    It holds n_past earlier tokens; the keys and values of x are written behind theirs.
     """
     n_seq, n_embd = x.shape
     # project to queries, keys and values: [n_seq, n_embd] -> [n_seq, 3*n_embd]
@@ -180,18 +181,18 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kvcache=None, n_past=0):
     """One layer: attention moves information between tokens, then ffn processes each of them.
 
-    [n_seq, n_embd] -> [n_seq, n_embd]. Both sublayers are pre-norm (their input is normalized) and
-    have a residual connection (their output is added to x, so that nothing in x gets lost). mlp
-    (multilayer perceptron): the weights of ffn. Radford et al. 2019, section 2.3.
+    [n_seq, n_embd] -> [n_seq, n_embd]. Both sublayers are pre-norm (their input is normalized, but
+    not x itself) and have a residual connection (their output is added to x instead of replacing
+    it). mlp (multilayer perceptron): the weights of ffn. Radford et al. 2019, section 2.3.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kvcache=kvcache, n_past=n_past)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
 
 
 def transformer(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
-    """All of the model but its last step: token ids [n_seq] -> [n_seq, n_embd].
+    """All of the model but the last step: token ids [n_seq] -> x [n_seq, n_embd].
 
-    Row i is computed from inputs[: i + 1], and is about the token that follows them.
+    Row i is computed from inputs[: i + 1], and from what is in the cache.
 
     The weights are passed as **params, a tree of float32 arrays:
 
@@ -210,7 +211,8 @@ def transformer(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
 
     kvcache: None, or float32 [n_layer, 2, n_head, capacity, n_embd/n_head]. It holds n_past earlier
     tokens; the inputs follow them, and are added to it.
-    Raises IndexError for an id >= n_vocab, and for more than n_ctx tokens in total. (JAX does not.)
+    Raises IndexError for an id >= n_vocab, and for more than n_ctx tokens in total. (With JAX in
+    place of NumPy, as in the README's last exercise, nothing is raised.)
     """
     ids = np.asarray(inputs)  # [n_seq]
     positions = np.arange(n_past, n_past + len(ids))  # [n_seq]
@@ -227,10 +229,10 @@ def transformer(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
     """The model: token ids [n_seq] -> logits [n_seq, n_vocab].
 
-    Row i has a logit for each token of the vocabulary: the larger, the more likely is the token to
-    follow inputs[: i + 1]. The arguments and errors are those of `transformer`.
+    Row i predicts the token that follows inputs[: i + 1], with one logit for each token of the
+    vocabulary. The arguments and errors are those of `transformer`.
     """
-    x = transformer(inputs, wte, wpe, blocks, ln_f, n_head, kvcache, n_past)
+    x = transformer(inputs, wte, wpe, blocks, ln_f, n_head=n_head, kvcache=kvcache, n_past=n_past)
     # tied embeddings: the row of wte that embeds a token also gives its logit, as a dot product
     # with x. "Using the Output Embedding to Improve Language Models" (Press and Wolf 2017)
     return x @ wte.T  # [n_seq, n_embd] @ [n_embd, n_vocab] -> [n_seq, n_vocab]
@@ -238,7 +240,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
 
 # How many tokens of a prompt go through the model at once. With larger chunks, the scores of
 # attention, n_seq x (n_past + n_seq) per head, take more memory; with smaller ones, the matrix
-# products are slower. When measured, 384 was about the fastest.
+# products are slower. Of the sizes that we measured, 384 was about the fastest.
 CHUNK = 384
 
 
@@ -258,14 +260,14 @@ def stream(inputs, params, n_head, n_tokens_to_generate):
     # np.empty does not initialize the array: each entry is written before it is read
     kvcache = np.empty((n_layer, 2, n_head, capacity, n_embd // n_head), np.float32)
 
-    # prefill: all inputs but the last go through the model only to fill the cache, many at once,
-    # since one matrix product for many tokens is faster than one for each. No logits are needed
+    # the prefill phase: all inputs but the last go through the model, only to fill the cache. This
+    # needs no logits. Many go at once: one matrix product for all is faster than one for each
     *past, token = inputs
     for n_past in range(0, len(past), CHUNK):
         chunk = past[n_past : n_past + CHUNK]
         transformer(chunk, **params, n_head=n_head, kvcache=kvcache, n_past=n_past)
 
-    # decode: feed one token, get the next
+    # the decode phase: feed one token, get the next
     for n_past in range(len(past), len(past) + n_tokens_to_generate):
         logits = gpt2([token], **params, n_head=n_head, kvcache=kvcache, n_past=n_past)
         token = int(np.argmax(logits[-1]))  # softmax would not change which one is the largest
@@ -304,7 +306,7 @@ def main(
     """
     from utils import UserError, load_encoder_hparams_and_params  # the model does not need utils
 
-    # refuse this before anything is downloaded (it is text from the command line, or an int)
+    # checked before anything is downloaded: it is an int, or a string from the command line
     if not str(n_tokens_to_generate).isdecimal():
         raise UserError(f"{n_tokens_to_generate!r} is not a token count: is the prompt in quotes?")
     n_new = int(n_tokens_to_generate)

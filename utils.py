@@ -1,7 +1,7 @@
 """Everything around the model. None of it is needed to understand GPT-2.
 
-gpt2.py calls three of these functions. Below each one are those that it calls, in the order of the
-calls, which is also the order of this file:
+gpt2.py calls three of these functions. Here they are with the functions that they call, as they
+follow in this file, which is also the order in which things happen:
 
     load_encoder_hparams_and_params    everything that the model needs
         download_gpt2_files            the files that are missing
@@ -14,16 +14,13 @@ calls, which is also the order of this file:
         load_gpt2_params_from_tf_ckpt  the weights
             weight_shapes
             can_be_mapped
-                data_file
+            make_stamp
+            map_weights                fast, but checks nothing
+            map_and_compare
             read_with_tensorflow       slow, but verifies checksums
                 import_tensorflow
                 advice_on_damage
                 check_names_and_shapes
-            is_verified
-                stamp_file
-                make_stamp
-            map_weights                fast, but checks nothing
-            map_and_verify
             nest
     parse_arguments                    the command line
     one_line_errors                    errors that the user can fix
@@ -62,7 +59,7 @@ def load_encoder_hparams_and_params(model_size, models_dir):
     """
     if model_size not in SIZES:
         raise UserError(f"model_size must be one of {', '.join(SIZES)}, not {model_size!r}")
-    models_dir = os.path.expanduser(models_dir)  # ~ is the home folder
+    models_dir = os.path.expanduser(models_dir)  # ~/models is in the home folder
     model_dir = Path(models_dir, model_size)
 
     download_gpt2_files(model_size, model_dir)
@@ -119,12 +116,12 @@ def download_rest(url, part):
     """Request what the partial file still lacks, and append it. Raises OSError."""
     import requests  # here, because a run without a download does not need it
 
-    # one byte early: a complete file has no rest, and a request for it would be an HTTP error
+    # one byte early, because the file may be complete already, and an empty range is an HTTP error
     start = max(part.stat().st_size - 1, 0)
     headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}  # not compressed
     try:
         reply = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
-    except ValueError as error:  # of a proxy address that cannot be right, for instance
+    except ValueError as error:  # an invalid proxy address, for example
         raise OSError(f"invalid proxy or URL: {error}") from error
 
     with reply, open(part, "r+b") as file:
@@ -155,7 +152,7 @@ def total_size(reply, start):
 
 # ---- The three small files -------------------------------------------------------------------
 
-# what parsing a file raises if it is not JSON, or not text: it is truncated, for instance
+# what reading a truncated or corrupt JSON file raises
 NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 
 
@@ -163,7 +160,7 @@ def read_encoder(model_size, models_dir):
     """Return the Encoder. Raises UserError if one of its two files is damaged."""
     try:
         return get_encoder(model_size, models_dir)
-    except NOT_JSON as error:
+    except NOT_JSON as error:  # vocab.bpe raises neither
         path = Path(models_dir, model_size, "encoder.json")
         raise UserError(f"cannot read {path}; delete it to download it again ({error})") from error
     except MismatchError as error:
@@ -196,21 +193,21 @@ def read_hparams(path):
 # but it checks nothing. TensorFlow does, but importing it and reading all weights takes seconds.
 # So the first run does both, and compares: later runs rely on the map.
 
-# both, because no weights are downloaded as long as there is a `checkpoint`
+# deleting model.ckpt.* alone would not help: if there is a `checkpoint`, weights are not downloaded
 DELETE_CHECKPOINT = "if it is OpenAI's, delete model.ckpt.* and checkpoint to download them again"
 
 
 def ckpt_prefix(model_dir):
-    """Return the prefix that the file `checkpoint` names: model_checkpoint_path: "model.ckpt".
+    """Return the prefix of the checkpoint that is named in the file `checkpoint`.
 
-    If that is a path to the folder where the checkpoint was saved, perhaps on Windows, only what
-    follows its last / or \\ counts, and model_dir takes the place of the folder.
+    The line model_checkpoint_path: "/home/ann/run1/model-500" stands for <model_dir>/model-500: the
+    folder in which the checkpoint was saved does not matter.
     """
     file = model_dir / "checkpoint"
     paths = re.findall(r'^model_checkpoint_path: *"(.+)"', file.read_text("utf-8"), re.MULTILINE)
     if not paths:
         raise UserError(f'{file} has no line model_checkpoint_path: "..."; {DELETE_CHECKPOINT}')
-    name = re.split(r"[/\\]", paths[-1])[-1]
+    name = re.split(r"[/\\]", paths[-1])[-1]  # after the last slash, or backslash on Windows
     return model_dir / name
 
 
@@ -225,13 +222,20 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     bytes.
     """
     shapes = weight_shapes(hparams)
-    if not can_be_mapped(tf_ckpt_path, shapes):
-        # it has several shards, float16 numbers, or also an optimizer's variables
+    data_file = Path(f"{tf_ckpt_path}.data-00000-of-00001")
+    stamp_file = Path(f"{tf_ckpt_path}.verified")
+    if not can_be_mapped(data_file, shapes):
+        # not as long as OpenAI's: float16, or with an optimizer's variables, or incomplete
         weights = dict(read_with_tensorflow(tf_ckpt_path, shapes))
-    elif is_verified(tf_ckpt_path, hparams):
-        weights = map_weights(tf_ckpt_path, shapes)
+    elif stamp_file.is_file() and stamp_file.read_text() == make_stamp(data_file, hparams):
+        # an earlier run has found no difference
+        weights = map_weights(data_file, shapes)
     else:
-        weights = map_and_verify(tf_ckpt_path, shapes, hparams)
+        stamp = make_stamp(data_file, hparams)
+        weights, n_different = map_and_compare(tf_ckpt_path, data_file, shapes)
+        if n_different == 0:
+            with contextlib.suppress(OSError):  # in a read-only folder, every run compares
+                stamp_file.write_text(stamp)
     return nest(weights, hparams["n_layer"])
 
 
@@ -263,16 +267,49 @@ def weight_shapes(hparams):
     return shapes
 
 
-def data_file(prefix):
-    """Return the path of the data, if they are in a single file."""
-    return Path(f"{prefix}.data-00000-of-00001")
-
-
-def can_be_mapped(prefix, shapes):
+def can_be_mapped(data_file, shapes):
     """Whether the data file is just as long as all weights together, at 4 bytes per float32."""
     n_weights = sum(math.prod(shape) for shape in shapes.values())
-    file = data_file(prefix)
-    return file.exists() and file.stat().st_size == 4 * n_weights
+    return data_file.exists() and data_file.stat().st_size == 4 * n_weights
+
+
+def make_stamp(data_file, hparams):
+    """Return what <prefix>.verified says if this data file, cut by these hparams, was compared.
+
+    The time is in whole seconds, because archives and container images store no fractions of them.
+    """
+    stamp = {"modified": int(data_file.stat().st_mtime)}
+    for name in ("n_vocab", "n_ctx", "n_embd", "n_layer"):
+        stamp[name] = hparams[name]
+    return json.dumps(stamp)
+
+
+def map_weights(data_file, shapes):
+    """Memory-map the data file, and cut it into {name: array}."""
+    memmap = np.memmap(data_file, np.float32, mode="c")  # copy-on-write
+    data = np.asarray(memmap)  # the same memory as a plain array, which NumPy handles faster
+    weights = {}
+    start = 0
+    for name in sorted(shapes):  # the order of the file; h10 comes before h2
+        end = start + math.prod(shapes[name])
+        weights[name] = data[start:end].reshape(shapes[name])
+        start = end
+    return weights
+
+
+def map_and_compare(prefix, data_file, shapes):
+    """Memory-map the data file, and compare each array with what TensorFlow reads.
+
+    Returns {name: array} and the number of arrays that differ, as they do if the file has the
+    variables in another order. Of those, TensorFlow's are returned.
+    """
+    weights = map_weights(data_file, shapes)
+    n_different = 0
+    for name, array in read_with_tensorflow(prefix, shapes):
+        if not np.array_equal(array, weights[name]):
+            weights[name] = array
+            n_different += 1
+    return weights, n_different
 
 
 def read_with_tensorflow(prefix, shapes):
@@ -281,6 +318,7 @@ def read_with_tensorflow(prefix, shapes):
     Raises UserError if the checkpoint is damaged or has other weights, ImportError if TensorFlow
     cannot be imported.
     """
+    # the bar is shown before the import, because that takes seconds, too
     with tqdm(desc=f"reading {prefix} with TensorFlow", total=len(shapes)) as bar:
         tf = import_tensorflow()
         with advice_on_damage(prefix, tf):
@@ -309,7 +347,7 @@ def import_tensorflow():
 def advice_on_damage(prefix, tf):
     """Turn what TensorFlow raises for a damaged checkpoint into a UserError that says what to do.
 
-    Nothing but TensorFlow's own calls may stand in it.
+    Wrap only TensorFlow's own calls in it: a bug of ours must not end in advice to delete a model.
     """
     try:
         yield
@@ -328,65 +366,11 @@ def check_names_and_shapes(prefix, variables, shapes):
             stored[name] = tuple(shape[-2:])  # each "w" has an extra first axis of length 1
     for name in sorted(stored | shapes):
         found = stored.get(name, "missing")
-        expected = shapes.get(name, "no such weight")
+        expected = shapes.get(name, "none")
         if found != expected:
             raise UserError(
                 f"{prefix} does not fit hparams.json: {name} is {found}, expected {expected}"
             )
-
-
-def stamp_file(prefix):
-    """Return the path of the file that says which data file has been verified."""
-    return Path(f"{prefix}.verified")
-
-
-def make_stamp(prefix, hparams):
-    """Return what that file says: when the data file was changed, and what decides how it is cut.
-
-    The time is in whole seconds, because archives and container images store no fractions of them.
-    """
-    stamp = {"modified": int(data_file(prefix).stat().st_mtime)}
-    for name in ("n_vocab", "n_ctx", "n_embd", "n_layer"):
-        stamp[name] = hparams[name]
-    return json.dumps(stamp)
-
-
-def is_verified(prefix, hparams):
-    """Whether an earlier run has verified this data file."""
-    file = stamp_file(prefix)
-    return file.is_file() and file.read_text() == make_stamp(prefix, hparams)
-
-
-def map_weights(prefix, shapes):
-    """Memory-map the data file, and cut it into {name: array}."""
-    memmap = np.memmap(data_file(prefix), np.float32, mode="c")  # copy-on-write
-    data = np.asarray(memmap)  # the same memory as a plain array, which NumPy handles faster
-    weights = {}
-    start = 0
-    for name in sorted(shapes):  # the order of the file; h10 comes before h2
-        end = start + math.prod(shapes[name])
-        weights[name] = data[start:end].reshape(shapes[name])
-        start = end
-    return weights
-
-
-def map_and_verify(prefix, shapes, hparams):
-    """Memory-map the data file, and compare each array with what TensorFlow reads.
-
-    Returns {name: array}: TensorFlow's array where they differ, because its variables are in
-    another order in the file. If none differs, later runs need not compare them again.
-    """
-    stamp = make_stamp(prefix, hparams)
-    weights = map_weights(prefix, shapes)
-    n_different = 0
-    for name, array in read_with_tensorflow(prefix, shapes):
-        if not np.array_equal(array, weights[name]):
-            weights[name] = array
-            n_different += 1
-    if n_different == 0:
-        with contextlib.suppress(OSError):  # in a read-only folder, every run compares them
-            stamp_file(prefix).write_text(stamp)
-    return weights
 
 
 def nest(weights, n_layer):
@@ -417,14 +401,15 @@ def parse_arguments(main):
 
     arguments = []
 
-    # Fire gets this function with the signature and docstring of main, instead of main itself: it
-    # calls what it gets before it notices a misspelled option
+    # Fire calls its function before it notices a misspelled option. So instead of main, it gets a
+    # function that has main's signature and docstring, but only collects the arguments
     @functools.wraps(main)
     def collect(*values):
         arguments.extend(values)
 
-    # Every argument is text: Fire would turn a prompt like 12345 or [1, 2] into a number or a list.
-    # The function that does this is replaced, since Fire's own way (SetParseFn) shows in the help
+    # Fire would turn a prompt like 12345 or [1, 2] into a number or a list. Every argument is a
+    # string instead if str takes the place of the function that does this, until Fire is done.
+    # (Fire's own way to say so, its decorator SetParseFn, would show up in the help)
     parse_value = fire.parser.DefaultParseValue
     fire.parser.DefaultParseValue = str
     try:
@@ -442,22 +427,22 @@ def parse_arguments(main):
 def one_line_errors():
     """For the command line: print errors that the user can fix as one line, exit with status 1.
 
-    The line goes to stderr. Any other exception is a mistake of ours, and keeps its traceback.
+    The line goes to stderr. Any other exception is taken for a bug, and keeps its traceback.
     """
     replace_unencodable_characters()
     try:
         yield
     except KeyboardInterrupt:
-        # Ctrl+C. Python then ends as if by the signal itself, so that a shell's loop around the
-        # program ends, too
-        sys.tracebacklimit = 0  # prints no traceback
+        # Ctrl+C: raised again, it ends Python as the signal itself would. Then a shell script that
+        # runs the program ends, too, instead of going on with its next line
+        sys.tracebacklimit = 0  # print no traceback
         raise
     except BrokenPipeError:
-        # nobody reads the output any more, as after `| head`: no reason to complain
+        # nobody reads the output any more, as after `| head`: there is nobody to tell
         flush_stdout()
         sys.exit(1)
     except (UserError, OSError, ImportError) as error:
-        message = " ".join(str(error).split())  # in one line
+        message = " ".join(str(error).split())  # on one line
         print(message, file=sys.stderr)
         flush_stdout()
         sys.exit(1)
@@ -470,7 +455,7 @@ def replace_unencodable_characters():
 
 
 def flush_stdout():
-    """Flush stdout. If that fails, send it nowhere, or Python would fail to flush it at exit."""
+    """Flush stdout. If that fails, discard the rest, which Python would fail to flush at exit."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -219,7 +219,7 @@ def test_only_the_four_sizes_reach_a_path(tmp_path, size):
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"n_layer": 11}, "model/h11/attn/c_attn/b is (36,), expected no such weight"),
+        ({"n_layer": 11}, "model/h11/attn/c_attn/b is (36,), expected none"),
         ({"n_layer": 13}, "model/h12/attn/c_attn/b is missing, expected (36,)"),
         ({"n_vocab": 7}, "model/wte is (300, 12), expected (7, 12)"),
         ({"n_ctx": 7}, "model/wpe is (16, 12), expected (7, 12)"),

@@ -26,19 +26,28 @@ def test_the_toy_prints_what_the_quick_start_shows():
 
 
 def test_the_table_of_sizes_has_the_right_numbers_of_parameters():
-    numbers = README.replace(",", "")
-    rows = re.findall(r"^\| \d+M \| (\d+) \| (\d+) \| \d+ \| (\d+) \|", numbers, re.MULTILINE)
-    assert len(rows) == 4
-    for parameters, n_layer, n_embd in rows:
-        layers, n = int(n_layer), int(n_embd)
-        expected = layers * (12 * n * n + 13 * n) + (50257 + 1024) * n + 2 * n
-        assert int(parameters) == expected
+    rows = {}
+    for line in README.replace(",", "").splitlines():
+        if re.match(r"\| (`n_\w+` )?\|", line):
+            _, name, _meaning, *sizes, _ = line.split("|")
+            rows[name.strip(" `")] = [int(size) for size in sizes]
+    assert len(rows["n_embd"]) == 5  # the toy and the four models
+    for n_vocab, n_ctx, n, n_layer, n_head, parameters in zip(*rows.values(), strict=True):
+        assert n % n_head == 0
+        assert n_layer * (12 * n * n + 13 * n) + (n_vocab + n_ctx) * n + 2 * n == parameters
+
+
+@pytest.mark.parametrize("name", ["gpt2.py", "encoder.py", "utils.py"])
+def test_the_three_files_are_as_long_as_it_says(name):
+    said = re.search(rf"^- \[{name}\].* (\d+) lines", README, re.MULTILINE)
+    assert int(said[1]) == len((ROOT / name).read_text("utf-8").splitlines())
 
 
 def test_the_examples_print_what_is_shown_below_them(monkeypatch):
     monkeypatch.chdir(ROOT)
     examples = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, re.DOTALL)
-    assert len(examples) == README.count("```python") == 3
+    assert len(examples) == 4
+    assert README.count("```python") == 5  # the last one is part of an exercise
     names = {}  # one session
     with np.printoptions():
         for code, shown in examples:
@@ -54,7 +63,7 @@ def test_the_answers_of_the_exercises_are_those_of_the_solutions():
         f"{of_poem:.3f} for the {len(solutions.poem_ids()) - 1} predictions",
         f"{of_other:.1f} for ",
         "losses are {:.2f}, {:.2f}, and {:.2f}".format(*solutions.losses_without_a_head().mean(1)),
-        f"{solutions.how_many_recite(k=5)} of 12 runs (seeds 0 to 11) recite 40 tokens with k = 5",
+        f"With k = 5, {solutions.how_many_recite(k=5)} of 12; with k = 512, none",
         "falls from {:.1f} to {:.1f}".format(*solutions.losses_before_and_after_a_step()),
     ]
     assert [answer for answer in answers if answer not in README] == []

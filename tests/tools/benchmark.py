@@ -2,7 +2,7 @@
 
     python tests/tools/benchmark.py [--size 124M] [--rounds 5] [--folder DIR] [--engines NAME ...]
 
-It compares this program, the same model without its cache ("full recompute", picoGPT's way), and
+It compares this program, the same model without its cache ("without cache", picoGPT's way), and
 the other engines that are installed. All have the same random float32 weights, this program's
 tokenizer and all cores of the CPU, and must generate the same tokens. Each runs in a process of its
 own, and they take turns. It needs Linux or macOS and tests/requirements.txt, and for all engines
@@ -164,7 +164,7 @@ def load_this_program(path, hparams, encoder):
     return generate
 
 
-def load_full_recompute(path, hparams, encoder):
+def load_without_cache(path, hparams, encoder):
     import gpt2
     import utils
 
@@ -230,7 +230,7 @@ Engine = collections.namedtuple("Engine", ["load", "write", "file", "packages"])
 TORCH = ["torch", "transformers"]
 ENGINES = {
     "this program": Engine(load_this_program, write_checkpoint, "checkpoint", ["numpy"]),
-    "full recompute": Engine(load_full_recompute, write_checkpoint, "checkpoint", ["numpy"]),
+    "without cache": Engine(load_without_cache, write_checkpoint, "checkpoint", ["numpy"]),
     "transformers": Engine(load_transformers, write_transformers, "torch", TORCH),
     "CTranslate2": Engine(load_ctranslate2, write_ctranslate2, "ct2", ["ctranslate2", *TORCH]),
     "llama.cpp": Engine(load_llama_cpp, write_llama_cpp, "gguf", ["llama-cpp-python", "gguf"]),
@@ -260,7 +260,7 @@ def run_child(job, name, folder):
     if job == "continue":
         print(encoder.decode(ids))
     else:
-        n = 4 if name == "full recompute" else N_NEW
+        n = 4 if name == "without cache" else N_NEW
         _first_10, next_10 = milliseconds(generate, prompt, n)
         first_900, next_900 = milliseconds(generate, prompt * 90, n)
         print(json.dumps([ids, next_10, first_900, next_900]))
@@ -313,12 +313,12 @@ def measure_round(engines, folder):
         if (ids, text) != expected:
             sys.exit(f"different tokens: this program {expected}, {name} {(ids, text)}")
         figures[name] = {
-            f"start to exit, 10-token prompt, {N_NEW} new tokens (s)": seconds,
+            f"start to exit, 10-token prompt, {N_NEW} new (s)": seconds,
             "peak memory of that run (MB)": peak,
             "one more token after 10 (ms)": next_10,
-            "first token after a 900-token prompt (ms)": first_900,
+            "first token after 900 (ms)": first_900,
             "one more token after 900 (ms)": next_900,
-            "peak memory with 900 tokens (MB)": peak_900,
+            "peak memory with 900 (MB)": peak_900,
         }
     return figures
 
@@ -346,28 +346,34 @@ def rounded(value):
 
 
 def print_tables(rounds, engines, size):
-    def median(column, row):
-        return rounded(statistics.median(figures[column][row] for figures in rounds))
+    def values(column, row):
+        return [figures[column][row] for figures in rounds]
 
-    def median_and_range(column, row):
-        values = [figures[column][row] for figures in rounds]
-        return f"{median(column, row)} ({rounded(min(values))}–{rounded(max(values))})"
+    def median(column, row):
+        return rounded(statistics.median(values(column, row)))
+
+    def lowest_and_highest(column, row):
+        return f"{rounded(min(values(column, row)))}–{rounded(max(values(column, row)))}"
 
     def ratio(column, row):  # of the printed medians, so that a reader can check it
         own, other = [median(name, row).replace(",", "") for name in ("this program", column)]
-        return f"{float(own) / float(other):.2f}"
+        return f"{float(other) / float(own):.2f}"
 
-    def print_table(corner, columns, cell):
-        print(f"\n| {corner} | {' | '.join(columns)} |")
+    def print_table(title, columns, cell):
+        print(f"\n{title}:\n\n| | {' | '.join(columns)} |")
         print("| --- " * (1 + len(columns)) + "|")
         for row in rounds[0][columns[0]]:
             print(f"| {row} | {' | '.join(cell(column, row) for column in columns)} |")
 
-    corner = f"{size}, median (lowest–highest) of {len(rounds)} rounds"
-    print_table(corner, engines, median_and_range)
+    n = f"of {len(rounds)} rounds"
+    print_table(f"{size}, medians {n}", engines, median)
     if engines[1:]:
-        print_table("this program's median / the other's", engines[1:], ratio)
-    print_table(f"{corner}; 10-token prompt, 1 new token", STARTS, median_and_range)
+        print_table(
+            "Divided by this program's (above 1: this program is better)", engines[1:], ratio
+        )
+    print_table(f"{size}, lowest and highest {n}", engines, lowest_and_highest)
+    print_table(f"{size}, 10-token prompt, 1 new token, medians {n}", STARTS, median)
+    print_table("Lowest and highest", STARTS, lowest_and_highest)
 
 
 def main(size, n_rounds, folder, engines):

@@ -258,10 +258,10 @@ def half_of(name):
 
 JSON = "cannot read {path}; delete it to download it again"
 LACKS = "{path} has no n_vocab; delete it to download it again"
-MISMATCH = "{folder}/vocab.bpe does not match encoder.json; delete both to download them again"
+MISMATCH = "{folder}vocab.bpe does not match encoder.json; delete both to download them again"
 OPENAIS = "if it is OpenAI's, delete model.ckpt.* and checkpoint to download them again"
-CHECKPOINT = f"cannot read {{folder}}/model.ckpt; {OPENAIS}"
-NO_SUCH_CHECKPOINT = f"cannot read {{folder}}/model-7; {OPENAIS}"
+CHECKPOINT = f"cannot read {{folder}}model.ckpt; {OPENAIS}"
+NO_SUCH_CHECKPOINT = f"cannot read {{folder}}model-7; {OPENAIS}"
 NAMELESS = f'{{path}} has no line model_checkpoint_path: "..."; {OPENAIS}'
 DAMAGE = [  # a file, what is in it instead (None: it is missing), the message
     ("encoder.json", half_of("encoder.json"), JSON),
@@ -292,7 +292,7 @@ def test_a_damaged_file_is_one_error_that_says_what_to_delete(toy, server, name,
     folder = toy / "124M"
     path = folder / name
     path.unlink() if content is None else path.write_bytes(content)
-    expected = re.escape(message.format(folder=folder, path=path))
+    expected = re.escape(message.format(folder=f"{folder}{os.sep}", path=path))
     a_reason = r"( \(.+\))?"
     with pytest.raises(utils.UserError, match=f"(?s)^{expected}{a_reason}$"):
         load_toy(toy)

@@ -16,17 +16,17 @@ from pathlib import Path
 import regex
 
 # What counts as a word. At each position of the text, the first of these alternatives that matches
-# is used. (\p{L} is any letter of Unicode and \p{N} any number, even ½, which Python's re does not
-# have. \s is any whitespace. (?!\S) means: not followed by a visible character.)
+# is used. (Python's re has neither \p{L}, any letter of Unicode, nor \p{N}, any number, even ½. \s
+# is any whitespace, and (?!\S) means that what follows is whitespace or the end of the text.)
 PATTERN = regex.compile(
     r"""
       '(?:s|t|re|ve|m|ll|d)    # the end of a contraction, in lowercase: "don't" is "don" and "'t"
     | [ ]?\p{L}+               # letters, with the space before them, if any
     | [ ]?\p{N}+               # numbers, with the space before them, if any
-    | [ ]?[^\s\p{L}\p{N}]+     # other visible characters, with the space before them, if any
-    | \s+(?!\S)                # whitespace that nothing visible follows. At the end of the text,
-                               # that is all of it. In front of a word, it is all but the last
-                               # character: "a  b" is "a", " ", " b" (the last space goes with "b")
+    | [ ]?[^\s\p{L}\p{N}]+     # other characters, with the space before them, if any
+    | \s+(?!\S)                # whitespace: at the end of the text, all of it; in front of a word,
+                               # all but its last character, which is what \S refuses. So "a  b" is
+                               # "a", " ", " b": the last space goes with the word
     | \s+                      # the last character in front of a word, if it is not a space:
                                # "a\n\nb" is "a", "\n", "\n", "b"
     """,
@@ -37,20 +37,22 @@ PATTERN = regex.compile(
 def bytes_to_unicode():
     """Map each of the 256 bytes to a printable character.
 
-    So any token, even a space or half a character, can be written in the text files encoder.json
-    and vocab.bpe. A byte that is a visible Latin-1 character is written as that character (so "é",
-    two bytes in UTF-8, becomes "Ã©"). The other 68 bytes take the characters from U+0100 on, in
-    order: a space (32) is "Ġ", a newline (10) "Ċ". Returns {byte: character}.
+    This way, any token, even a space or half a character, can be written in the text files
+    encoder.json and vocab.bpe. A byte that is a visible Latin-1 character is written as that
+    character (so "é", two bytes in UTF-8, becomes "Ã©"). The other 68 bytes take the characters
+    from U+0100 on, in order: a space (32) is "Ġ", a newline (10) "Ċ". Returns {byte: character}.
 
     The visible ones come first: in this order, the bytes have the ids 0 to 255 of the vocabulary.
     So "!" (33) has id 0, and the space, after 188 visible bytes and 0 to 31, has id 220.
     """
-    visible = [*range(ord("!"), ord("~") + 1)]
-    visible += [*range(ord("¡"), ord("¬") + 1)]  # between these two is the invisible soft hyphen
-    visible += [*range(ord("®"), ord("ÿ") + 1)]
+    visible = list(range(ord("!"), ord("~") + 1))
+    visible += range(ord("¡"), ord("¬") + 1)  # between these two is the invisible soft hyphen
+    visible += range(ord("®"), ord("ÿ") + 1)
     characters = {byte: chr(byte) for byte in visible}
     others = [byte for byte in range(256) if byte not in characters]
-    return characters | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    for i, byte in enumerate(others):
+        characters[byte] = chr(256 + i)
+    return characters
 
 
 class Encoder:
@@ -110,7 +112,7 @@ class Encoder:
             merged = []
             for symbol in symbols:
                 if merged and (merged[-1], symbol) == best_pair:
-                    merged[-1] += symbol  # "aaa" becomes "aa a": ("aa", "a") is another pair
+                    merged[-1] += symbol  # now longer, it is not merged again: "aaa" is "aa a"
                 else:
                     merged.append(symbol)
             symbols = merged
@@ -118,7 +120,8 @@ class Encoder:
     def encode(self, text):
         """Text -> list of token ids. `<|endoftext|>` is treated as text, not as the special token.
 
-        What UTF-8 cannot encode (lone surrogates) becomes "?".
+        What UTF-8 cannot encode (lone surrogates, as from a command line in another encoding)
+        becomes "?".
         """
         ids = []
         for word in PATTERN.findall(text):
@@ -141,7 +144,8 @@ class Encoder:
         it is part of the piece that completes it. After all ids comes one more piece: it is empty,
         unless the last character is incomplete.
         """
-        utf8_decoder = codecs.getincrementaldecoder("utf-8")(self.errors)
+        IncrementalDecoder = codecs.getincrementaldecoder("utf-8")
+        utf8_decoder = IncrementalDecoder(self.errors)
         for i in ids:
             token = self.decoder[i]
             utf8 = bytes(self.byte_decoder[character] for character in token)
@@ -157,13 +161,14 @@ def get_encoder(model_name, models_dir):
     """Build the Encoder from <models_dir>/<model_name>/encoder.json and vocab.bpe.
 
     encoder.json may have more tokens than follow from vocab.bpe, as after fine-tuning.
-    Raises ValueError if a file is damaged (MismatchError, or one of the json module for
-    encoder.json), and OSError if one cannot be read.
+    Raises JSONDecodeError or UnicodeDecodeError if encoder.json is damaged, MismatchError if
+    vocab.bpe is (all three are ValueErrors), and OSError if one of them cannot be read.
     """
     folder = Path(models_dir, model_name)
     encoder = json.loads((folder / "encoder.json").read_text("utf-8"))
 
-    # if vocab.bpe ends in the middle of a character, it does not match encoder.json, either
+    # errors="replace": if the file is cut off in the middle of a character, that is no error here,
+    # but found by the comparison below, as wherever else it is cut off
     lines = (folder / "vocab.bpe").read_text("utf-8", errors="replace").splitlines()
     merges = [tuple(line.split()) for line in lines[1:]]  # the first line is a version
 

@@ -1,8 +1,8 @@
 """GPT-2 in NumPy, to be read from top to bottom: building blocks, model, greedy generation.
 
-GPT-2 does one thing: given a text, it gives every token that could come next a number, its logit.
-The larger the logit, the more likely the token. Append the most likely token, ask again, and a text
-is generated. The command
+GPT-2 does one thing: given a text, it rates every token of its vocabulary as the next one. This
+rating is called a logit: the larger, the more likely. Append the most likely token, ask again, and
+a text is generated. The command
 
     python gpt2.py "Alan Turing theorized that"
 
@@ -17,16 +17,16 @@ calls `main`, at the end of this file. In essence, this is what happens:
     for _ in range(40):
         logits = gpt2(ids, **params, n_head=hparams["n_head"])  # [len(ids), n_vocab]
         ids.append(int(np.argmax(logits[-1])))  # the last row predicts what follows the last token
-    print(encoder.decode(ids))
+    print(encoder.decode(ids))  # the prompt and 40 new tokens
 
 A token is a word, a piece of a word, or punctuation, and its id is its number in the vocabulary. An
 embedding is the row of numbers that stands for a token inside the model. Between layers, x has one
 such row for each of n_seq tokens: [n_seq, n_embd].
 
-           n_vocab     n_ctx             n_embd             n_head            n_layer
-           vocabulary  context length    numbers in a row   attention heads   layers
-    124M   50257       1024              768                12                12
-    1558M  50257       1024              1600               25                48
+           n_vocab      n_ctx            n_embd               n_head            n_layer
+           vocabulary   context length   embedding size       attention heads   layers
+    124M   50257        1024             768                  12                12
+    1558M  50257        1024             1600                 25                48
 
 The weights are the numbers learned in training: float32 arrays in nested dicts, all listed in the
 docstring of `transformer`. A linear layer is a dict {"w": weights, "b": bias}, a layer norm is
@@ -45,11 +45,12 @@ from tqdm import tqdm
 
 
 def gelu(x):
-    """Activation function: x times (about) the probability that a standard normal variable is < x.
+    """Activation function: keep large numbers as they are, and turn very negative ones into 0.
 
-    Any shape. Large values stay as they are, very negative ones become 0. Without a nonlinear
+    Any shape. 3 -> 2.996, 1 -> 0.841, 0 -> 0, -1 -> -0.159, -3 -> -0.004. Without such a nonlinear
     function between them, two linear layers would be no more than a single one. This is the tanh
-    approximation of "Gaussian Error Linear Units" (Hendrycks and Gimpel 2016), section 2.
+    approximation of x * P(Z < x), with a standard normal variable Z: "Gaussian Error Linear Units"
+    (Hendrycks and Gimpel 2016), section 2.
     """
     # math.sqrt returns a Python float, which leaves the type of the array alone. np.sqrt would
     # return a float64 scalar, and in NumPy 2, that makes everything computed with it float64.
@@ -70,7 +71,7 @@ def softmax(x):
 def layer_norm(x, g, b, eps=1e-5):
     """Normalize each row of x to mean 0 and variance 1, then scale by g and shift by b.
 
-    However large the rows of x grow from layer to layer, each layer sees them on the same scale.
+    However large the numbers in x become from layer to layer, each layer sees them on one scale.
 
     x [..., n_embd], g [n_embd], b [n_embd] -> [..., n_embd]. eps, with OpenAI's value, prevents
     division by zero. "Layer Normalization" (Ba et al. 2016), section 3.
@@ -83,8 +84,8 @@ def layer_norm(x, g, b, eps=1e-5):
 def linear(x, w, b):
     """Apply a linear layer: x [n_seq, n_in], w [n_in, n_out], b [n_out] -> [n_seq, n_out].
 
-    OpenAI wrote it as a convolution of width 1: hence the "c" in c_fc (fc: fully connected), c_attn
-    and c_proj.
+    OpenAI wrote it as a convolution of width 1, which is the same: hence the "c" in the names c_fc
+    (fc: fully connected), c_attn and c_proj.
     """
     return x @ w + b
 
@@ -102,17 +103,18 @@ def ffn(x, c_fc, c_proj):
 def attention(q, k, v, mask):
     """Scaled dot-product attention: softmax(q k^T / sqrt(d) + mask) v.
 
-    `mha` computes three rows of d numbers from each token: a query is what the token looks for, a
-    key is how others find it, and a value is what it passes on to them. Here, each query gets a
-    weighted average of the values: the better a key matches the query, the more weight its value
-    has. The mask is added to the scores of these matches: 0 leaves a key visible, -1e10 hides it.
+    `mha`, below, computes three rows of d numbers for each token: a query is what the token looks
+    for, a key is how others find it, and a value is what it passes on to them. Here, each query
+    gets a weighted average of the values. The score of a key is its dot product with the query: the
+    larger it is, the more weight the value has. The mask is added to the scores: 0 leaves a key
+    visible, -1e10 hides it.
 
-    q [n_q, d], k [n_k, d], v [n_k, d], mask [n_q, n_k] -> [n_q, d]. If q, k and v have another axis
-    in front, n_head, this is done for each head separately. Vaswani et al. 2017, section 3.2.1.
+    q [n_q, d], k [n_k, d], v [n_k, d], mask [n_q, n_k] -> [n_q, d]. With a leading axis n_head in
+    q, k and v, each head is handled separately. Vaswani et al. 2017, section 3.2.1.
     """
-    # a score is a dot product, a sum of d terms, and its typical size grows like sqrt(d). Without
-    # the division, softmax would put nearly all the weight on one key. Dividing q has the same
-    # effect as dividing q k^T, and q is usually the smaller array
+    # a score is a sum of d terms, and the typical size of such a sum grows like sqrt(d). Without
+    # the division, softmax would put nearly all the weight on one key. (Dividing q has the same
+    # effect as dividing q k^T, and q is usually the smaller array)
     scaled_q = q / math.sqrt(q.shape[-1])
     scores = scaled_q @ k.swapaxes(-1, -2) + mask  # [n_q, d] @ [d, n_k] -> [n_q, n_k]
     weights = softmax(scores)  # the attention weights; each row has a sum of 1
@@ -121,29 +123,30 @@ def attention(q, k, v, mask):
 
 # ---- The cache -------------------------------------------------------------------------------
 #
+# On a first reading, ignore the cache: take kvcache to be None and n_past to be 0.
+#
 # To generate a text, the model is called once per new token. In each layer, a token needs the keys
 # and values of all tokens up to itself. Those of the earlier tokens are the same in every call,
 # because no token looks at later ones. So `stream`, below, keeps them in an array, the kvcache:
 #
 #     [n_layer, 2, n_head, capacity, n_embd/n_head]
 #
-# (2: keys and values. capacity: the number of tokens it has room for.) So only the new token itself
-# has to go through the model. n_past is the number of tokens that are in the cache already. Up to
-# rounding, the results are the same as without a cache. On a first reading, ignore it: take kvcache
-# to be None and n_past to be 0.
+# The axis of length 2 is for keys and values, and capacity is the number of tokens that there is
+# room for. n_past of them are in the cache already, and only the new tokens have to go through the
+# model. Up to rounding, the results are the same as without a cache.
 
 
 def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
     """Causal multi-head self-attention: each token gathers information from those up to itself.
 
-    A single average can follow only one kind of match ("the token before this one", for instance).
+    A single head can look for only one kind of thing ("the token before this one", for instance).
     So there are n_head heads side by side, each with queries, keys and values of its own, which are
-    n_embd/n_head numbers long.
+    n_embd/n_head numbers long. (tests/textbook.py does this in plain loops.)
 
     [n_seq, n_embd] -> [n_seq, n_embd]. Vaswani et al. 2017, section 3.2.2.
 
     kvcache: None, or this layer's part of the cache, float32 [2, n_head, capacity, n_embd/n_head].
-    It holds n_past earlier tokens; the keys and values of x are written behind theirs.
+    It holds n_past earlier tokens; the keys and values of x are written after theirs.
     """
     n_seq, n_embd = x.shape
     # project to queries, keys and values: [n_seq, n_embd] -> [n_seq, 3*n_embd]
@@ -160,19 +163,19 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
         kvcache[1, :, n_past : n_past + n_seq] = v
         k, v = kvcache[:, :, : n_past + n_seq]  # each [n_head, n_past + n_seq, n_embd/n_head]
 
-    # causal mask: a row per query, a column per key. np.tri is 1 on and below the diagonal, and 0
-    # above it. The third argument moves the diagonal n_past columns to the right, because query i
-    # belongs to token n_past + i, which sees the keys 0 to n_past + i. The mask for
-    #     three tokens:               two tokens after one in the cache:
+    # causal mask: a row per query, a column per key. Query i belongs to token n_past + i, and sees
+    # the keys 0 to n_past + i. In softmax, exp(-1e10) is 0, so the others get no weight.
+    #     three tokens:               two tokens, after one in the cache (n_past = 1):
     #     [[0, -1e10, -1e10],         [[0,     0, -1e10],
     #      [0,     0, -1e10],          [0,     0,     0]]
     #      [0,     0,     0]]
-    # In softmax, exp(-1e10) is 0: later tokens get no weight.
+    # np.tri has ones on and below its diagonal, which the third argument moves to the right
     visible = np.tri(n_seq, n_past + n_seq, n_past, dtype=np.float32)
     mask = (1 - visible) * -1e10  # [n_seq, n_past + n_seq]
 
     heads = attention(q, k, v, mask)  # [n_head, n_seq, n_embd/n_head]
-    # merge heads: [n_head, n_seq, n_embd/n_head] -> [n_seq, n_embd]
+    # merge heads: put those of each token side by side again:
+    # [n_head, n_seq, n_embd/n_head] -> [n_seq, n_head, n_embd/n_head] -> [n_seq, n_embd]
     x = heads.swapaxes(0, 1).reshape(n_seq, n_embd)
     # project: combine what the heads have found: [n_seq, n_embd] -> [n_seq, n_embd]
     return linear(x, **c_proj)
@@ -181,9 +184,10 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kvcache=None, n_past=0):
     """One layer: attention moves information between tokens, then ffn processes each of them.
 
-    [n_seq, n_embd] -> [n_seq, n_embd]. Both sublayers are pre-norm (their input is normalized, but
-    not x itself) and have a residual connection (their output is added to x instead of replacing
-    it). mlp (multilayer perceptron): the weights of ffn. Radford et al. 2019, section 2.3.
+    [n_seq, n_embd] -> [n_seq, n_embd]. Both sublayers are pre-norm (they read a normalized copy of
+    x) and have a residual connection (their output is added to x instead of replacing it, so what
+    was in x is still there). mlp (multilayer perceptron): the weights of ffn. Radford et al. 2019,
+    section 2.3.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kvcache=kvcache, n_past=n_past)
     return x + ffn(layer_norm(x, **ln_2), **mlp)
@@ -192,7 +196,7 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kvcache=None, n_past=0):
 def transformer(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
     """All of the model but the last step: token ids [n_seq] -> x [n_seq, n_embd].
 
-    Row i is computed from inputs[: i + 1], and from what is in the cache.
+    Row i is computed from inputs[: i + 1], and from the tokens in the cache.
 
     The weights are passed as **params, a tree of float32 arrays:
 
@@ -210,9 +214,9 @@ def transformer(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
         ln_f            g [n_embd], b [n_embd]                final layer norm
 
     kvcache: None, or float32 [n_layer, 2, n_head, capacity, n_embd/n_head]. It holds n_past earlier
-    tokens; the inputs follow them, and are added to it.
-    Raises IndexError for an id >= n_vocab, and for more than n_ctx tokens in total. (With JAX in
-    place of NumPy, as in the README's last exercise, nothing is raised.)
+    tokens, which the inputs follow; the keys and values of the inputs are added to it.
+    Raises IndexError for an id >= n_vocab, and for more than n_ctx tokens in total. (JAX arrays, in
+    place of NumPy's, raise nothing.)
     """
     ids = np.asarray(inputs)  # [n_seq]
     positions = np.arange(n_past, n_past + len(ids))  # [n_seq]
@@ -233,14 +237,14 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
     vocabulary. The arguments and errors are those of `transformer`.
     """
     x = transformer(inputs, wte, wpe, blocks, ln_f, n_head=n_head, kvcache=kvcache, n_past=n_past)
-    # tied embeddings: the row of wte that embeds a token also gives its logit, as a dot product
-    # with x. "Using the Output Embedding to Improve Language Models" (Press and Wolf 2017)
+    # tied embeddings: the logit of a token is the dot product of x with the row of wte that also
+    # embeds it. "Using the Output Embedding to Improve Language Models" (Press and Wolf 2017)
     return x @ wte.T  # [n_seq, n_embd] @ [n_embd, n_vocab] -> [n_seq, n_vocab]
 
 
 # How many tokens of a prompt go through the model at once. With larger chunks, the scores of
 # attention, n_seq x (n_past + n_seq) per head, take more memory; with smaller ones, the matrix
-# products are slower. Of the sizes that we measured, 384 was about the fastest.
+# products are slower. On the machines that this was measured on, 384 was about the fastest.
 CHUNK = 384
 
 
@@ -251,17 +255,18 @@ def stream(inputs, params, n_head, n_tokens_to_generate):
     `<|endoftext|>`, after which the model begins an unrelated text.
 
     inputs: a list of token ids, at least one. params: the weights, as in `transformer`. Yields
-    n_tokens_to_generate ids, ints, each before the next one is computed.
+    n_tokens_to_generate ids (ints), each as soon as it is known.
     Raises ValueError if there are no inputs, IndexError when the context of n_ctx tokens is full.
     """
     n_ctx, n_embd = params["wpe"].shape
     n_layer = len(params["blocks"])
-    capacity = min(len(inputs) + n_tokens_to_generate, n_ctx)
-    # np.empty does not initialize the array: each entry is written before it is read
+    # the last new token does not go through the model. np.empty does not initialize the cache, as
+    # each entry is written before it is read
+    capacity = min(len(inputs) + n_tokens_to_generate - 1, n_ctx)
     kvcache = np.empty((n_layer, 2, n_head, capacity, n_embd // n_head), np.float32)
 
-    # the prefill phase: all inputs but the last go through the model, only to fill the cache. This
-    # needs no logits. Many go at once: one matrix product for all is faster than one for each
+    # the prefill phase: all inputs but the last go through the model, only to fill the cache, so no
+    # logits are needed. One matrix product for many tokens is faster than one for each of them
     *past, token = inputs
     for n_past in range(0, len(past), CHUNK):
         chunk = past[n_past : n_past + CHUNK]
@@ -275,9 +280,9 @@ def stream(inputs, params, n_head, n_tokens_to_generate):
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate):
-    """Return the ids that `stream` yields as a list, with a progress bar meanwhile.
+    """Return the ids that `stream` yields as a list, and show a progress bar meanwhile.
 
-    For programs that import this file; `main` calls `stream`, to print each token at once.
+    For programs that import this file. `main` calls `stream` itself, to print as it generates.
     """
     ids = stream(inputs, params, n_head, n_tokens_to_generate)
     return list(tqdm(ids, "generating", n_tokens_to_generate))
@@ -306,7 +311,7 @@ def main(
     """
     from utils import UserError, load_encoder_hparams_and_params  # the model does not need utils
 
-    # checked before anything is downloaded: it is an int, or a string from the command line
+    # before anything is downloaded, check the count (from the command line, it is a string)
     if not str(n_tokens_to_generate).isdecimal():
         raise UserError(f"{n_tokens_to_generate!r} is not a token count: is the prompt in quotes?")
     n_new = int(n_tokens_to_generate)
@@ -324,7 +329,7 @@ def main(
 
     text = ""
     new_ids = stream(ids, params, hparams["n_head"], n_new)
-    for piece in encoder.decode_each(new_ids):  # asks for one id at a time
+    for piece in encoder.decode_each(new_ids):  # one piece for each id, before the next is computed
         print(piece, end="", flush=True)
         text += piece
     print(flush=True)

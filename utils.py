@@ -1,7 +1,7 @@
 """Everything around the model. None of it is needed to understand GPT-2.
 
-gpt2.py calls three of these functions. Here they are with the functions that they call, as they
-follow in this file, which is also the order in which things happen:
+gpt2.py calls three of these functions. In the order of this file, and each followed by those that
+it calls:
 
     load_encoder_hparams_and_params    everything that the model needs
         download_gpt2_files            the files that are missing
@@ -12,15 +12,17 @@ follow in this file, which is also the order in which things happen:
         read_hparams                   the hyperparameters, from hparams.json
         ckpt_prefix                    where the checkpoint is
         load_gpt2_params_from_tf_ckpt  the weights
-            weight_shapes
-            can_be_mapped
-            make_stamp
-            map_weights                fast, but checks nothing
-            map_and_compare
-            read_with_tensorflow       slow, but verifies checksums
-                import_tensorflow
-                advice_on_damage
-                check_names_and_shapes
+            load_weights               in one of three ways
+                weight_shapes
+                can_be_mapped
+                read_with_tensorflow   slow, but verifies checksums
+                    import_tensorflow
+                    damage_as_user_error
+                    check_names_and_shapes
+                make_stamp
+                is_verified
+                map_weights            fast, but checks nothing
+                map_and_compare        both
             nest
     parse_arguments                    the command line
     one_line_errors                    errors that the user can fix
@@ -50,12 +52,12 @@ class UserError(ValueError):
 
 
 def load_encoder_hparams_and_params(model_size, models_dir):
-    """Load everything `gpt2.generate` needs: an Encoder, the hparams dict and the params dict.
+    """Load what is needed to generate: an Encoder, the hparams dict and the params dict.
 
     hparams are the hyperparameters: n_vocab, n_ctx, n_embd, n_head and n_layer. params are the
     weights, in the tree that `gpt2.transformer` takes. model_size: 124M, 355M, 774M or 1558M. Its
     files are in <models_dir>/<model_size>; missing ones are downloaded first.
-    Raises UserError (a ValueError), OSError, or ImportError if TensorFlow cannot be imported.
+    Raises UserError (a ValueError), OSError, or ImportError if a package is missing or broken.
     """
     if model_size not in SIZES:
         raise UserError(f"model_size must be one of {', '.join(SIZES)}, not {model_size!r}")
@@ -97,7 +99,7 @@ def download_file(url, path):
     """Download url to the partial file <path>.part, and rename it to path when it is complete.
 
     If the connection breaks, request the rest, as long as each request brings some bytes. What has
-    been downloaded is kept: a later run requests the rest, too.
+    been downloaded is kept: a later run requests the rest, too. Raises UserError or OSError.
     """
     part = path.with_name(f"{path.name}.part")
     part.touch()
@@ -105,10 +107,11 @@ def download_file(url, path):
         size_before = part.stat().st_size
         try:
             download_rest(url, part)
-            break
-        except OSError as error:  # all errors of requests are OSErrors, too
+        except OSError as error:  # exceptions of requests are OSErrors, too
             if part.stat().st_size == size_before:
                 raise UserError(f"cannot download {path}; rerun to resume ({error})") from error
+        else:
+            break
     part.replace(path)
 
 
@@ -116,12 +119,15 @@ def download_rest(url, part):
     """Request what the partial file still lacks, and append it. Raises OSError."""
     import requests  # here, because a run without a download does not need it
 
-    # one byte early, because the file may be complete already, and an empty range is an HTTP error
+    # ask for the last byte again: if the file is complete, nothing more would be an HTTP error
     start = max(part.stat().st_size - 1, 0)
-    headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity"}  # not compressed
+    headers = {
+        "Range": f"bytes={start}-",
+        "Accept-Encoding": "identity",  # not compressed, since the range counts the file's bytes
+    }
     try:
         reply = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
-    except ValueError as error:  # an invalid proxy address, for example
+    except ValueError as error:  # as for a malformed proxy address, which is not always an OSError
         raise OSError(f"invalid proxy or URL: {error}") from error
 
     with reply, open(part, "r+b") as file:
@@ -137,9 +143,9 @@ def download_rest(url, part):
 
 
 def total_size(reply, start):
-    """Return the size of the whole file, of which the reply is the rest, from byte `start` on.
+    """Check that the reply has the bytes from `start` on, and return the size of the whole file.
 
-    Raises OSError if the reply is anything else, which must not be appended to the partial file.
+    Raises OSError if it does not: nothing else may be appended to the partial file.
     """
     if reply.status_code != 206:  # Partial Content; a login page, for instance, would be 200 OK
         raise OSError(f"got {reply.status_code} {reply.reason} instead of the file")
@@ -160,22 +166,22 @@ def read_encoder(model_size, models_dir):
     """Return the Encoder. Raises UserError if one of its two files is damaged."""
     try:
         return get_encoder(model_size, models_dir)
-    except NOT_JSON as error:  # vocab.bpe raises neither
+    except NOT_JSON as error:  # of encoder.json; if vocab.bpe is damaged, that is a MismatchError
         path = Path(models_dir, model_size, "encoder.json")
-        raise UserError(f"cannot read {path}; delete it to download it again ({error})") from error
+        raise UserError(f"cannot read {path}; delete it to download OpenAI's ({error})") from error
     except MismatchError as error:
-        raise UserError(f"{error}; delete both to download them again") from error
+        raise UserError(f"{error}; delete both to download OpenAI's") from error
 
 
 def read_hparams(path):
-    """Return the hyperparameters, a dict of ints. Raises UserError if the file is damaged."""
+    """Return the hyperparameters, a dict. Raises UserError if the file is damaged."""
     try:
         hparams = json.loads(path.read_text("utf-8"))
     except NOT_JSON as error:
-        raise UserError(f"cannot read {path}; delete it to download it again ({error})") from error
+        raise UserError(f"cannot read {path}; delete it to download OpenAI's ({error})") from error
     for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"):
         if name not in hparams:
-            raise UserError(f"{path} has no {name}; delete it to download it again")
+            raise UserError(f"{path} has no {name}; delete it to download OpenAI's")
     return hparams
 
 
@@ -188,12 +194,12 @@ def read_hparams(path):
 #     model.ckpt.data-00000-of-00001    their values
 #
 # In OpenAI's data file, the values are float32 arrays one after another, in the order of their
-# names, and nothing else. So it can be memory-mapped: the arrays are then parts of the file that
-# the operating system reads when they are used. This takes no time and no second copy in memory,
-# but it checks nothing. TensorFlow does, but importing it and reading all weights takes seconds.
-# So the first run does both, and compares: later runs rely on the map.
+# names, and nothing else. So it can be memory-mapped: the arrays are then parts of the file, which
+# the operating system reads when they are used. This is instant and needs no second copy in memory,
+# but it checks nothing. TensorFlow does, but importing it and reading all weights takes seconds. So
+# the first run does both and compares, and later runs rely on the map.
 
-# deleting model.ckpt.* alone would not help: if there is a `checkpoint`, weights are not downloaded
+# both must go: as long as `checkpoint` exists, no weights are downloaded
 DELETE_CHECKPOINT = "if it is OpenAI's, delete model.ckpt.* and checkpoint to download them again"
 
 
@@ -204,10 +210,12 @@ def ckpt_prefix(model_dir):
     folder in which the checkpoint was saved does not matter.
     """
     file = model_dir / "checkpoint"
-    paths = re.findall(r'^model_checkpoint_path: *"(.+)"', file.read_text("utf-8"), re.MULTILINE)
+    text = file.read_text("utf-8", errors="replace")
+    paths = re.findall(r'^model_checkpoint_path: *"(.+)"', text, re.MULTILINE)
     if not paths:
         raise UserError(f'{file} has no line model_checkpoint_path: "..."; {DELETE_CHECKPOINT}')
-    name = re.split(r"[/\\]", paths[-1])[-1]  # after the last slash, or backslash on Windows
+    path = paths[-1]  # TensorFlow, too, uses the last one
+    name = re.split(r"[/\\]", path)[-1]  # it may have been saved on Windows
     return model_dir / name
 
 
@@ -218,25 +226,36 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     ValueError) if the checkpoint is damaged or does not fit hparams, ImportError if TensorFlow is
     needed but cannot be imported.
 
-    Arrays that are memory-mapped can be changed: the map is copy-on-write, so the file keeps its
-    bytes.
+    The arrays can be changed. Even if they are memory-mapped, the file stays as it is, because the
+    map is copy-on-write.
     """
-    shapes = weight_shapes(hparams)
-    data_file = Path(f"{tf_ckpt_path}.data-00000-of-00001")
-    stamp_file = Path(f"{tf_ckpt_path}.verified")
-    if not can_be_mapped(data_file, shapes):
-        # not as long as OpenAI's: float16, or with an optimizer's variables, or incomplete
-        weights = dict(read_with_tensorflow(tf_ckpt_path, shapes))
-    elif stamp_file.is_file() and stamp_file.read_text() == make_stamp(data_file, hparams):
-        # an earlier run has found no difference
-        weights = map_weights(data_file, shapes)
-    else:
-        stamp = make_stamp(data_file, hparams)
-        weights, n_different = map_and_compare(tf_ckpt_path, data_file, shapes)
-        if n_different == 0:
-            with contextlib.suppress(OSError):  # in a read-only folder, every run compares
-                stamp_file.write_text(stamp)
+    weights = load_weights(tf_ckpt_path, hparams)
     return nest(weights, hparams["n_layer"])
+
+
+def load_weights(prefix, hparams):
+    """Return {name: array} of a checkpoint. Raises what `load_gpt2_params_from_tf_ckpt` raises."""
+    shapes = weight_shapes(hparams)
+    data_file = Path(f"{prefix}.data-00000-of-00001")
+    stamp_file = Path(f"{prefix}.verified")
+
+    # case 1: it cannot be mapped, because it has float16 numbers, several shards or an optimizer's
+    # variables. Or it is incomplete, and TensorFlow will say so
+    if not can_be_mapped(data_file, shapes):
+        return dict(read_with_tensorflow(prefix, shapes))
+
+    # case 2: an earlier run has compared the map with what TensorFlow reads, and all was equal
+    stamp = make_stamp(data_file, hparams)
+    if is_verified(stamp_file, stamp):
+        return map_weights(data_file, shapes)
+
+    # case 3: compare them now. If the file changes meanwhile, its stamp will be another one, and the
+    # next run compares again
+    weights, all_equal = map_and_compare(prefix, data_file, shapes)
+    if all_equal:
+        with contextlib.suppress(OSError):  # in a read-only folder, every run compares
+            stamp_file.write_text(stamp)
+    return weights
 
 
 def weight_shapes(hparams):
@@ -268,20 +287,94 @@ def weight_shapes(hparams):
 
 
 def can_be_mapped(data_file, shapes):
-    """Whether the data file is just as long as all weights together, at 4 bytes per float32."""
+    """Whether the data file is exactly as long as all weights together, at 4 bytes per float32."""
     n_weights = sum(math.prod(shape) for shape in shapes.values())
     return data_file.exists() and data_file.stat().st_size == 4 * n_weights
 
 
+def read_with_tensorflow(prefix, shapes):
+    """Yield (name, float32 array) for each of the weights. TensorFlow verifies their checksums.
+
+    Raises UserError if the checkpoint is damaged or has other weights, ImportError if TensorFlow
+    cannot be imported.
+    """
+    # the bar is shown before the import, because that takes seconds, too
+    with tqdm(desc=f"reading {prefix} with TensorFlow", total=len(shapes)) as bar:
+        tf = import_tensorflow()
+        with damage_as_user_error(prefix, tf):
+            reader = tf.train.load_checkpoint(str(prefix))
+            variables = reader.get_variable_to_shape_map()
+        check_names_and_shapes(prefix, variables, shapes)
+        for name, shape in shapes.items():
+            with damage_as_user_error(prefix, tf):
+                array = reader.get_tensor(name)
+            yield name, np.asarray(array, np.float32).reshape(shape)
+            bar.update()
+
+
+def import_tensorflow():
+    """Import TensorFlow, without its log messages. Raises ImportError if that fails."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # oneDNN logs a message at any level
+    try:
+        import tensorflow
+    except Exception as error:  # a broken installation can raise anything
+        raise ImportError(f"cannot import TensorFlow: {error}") from error
+    return tensorflow
+
+
+@contextlib.contextmanager
+def damage_as_user_error(prefix, tf):
+    """Turn what TensorFlow raises for a damaged checkpoint into a UserError that says what to do.
+
+    Wrap only TensorFlow's own calls in it: a bug of ours must not end in advice to delete a model.
+    """
+    try:
+        yield
+    except (tf.errors.OpError, IndexError) as error:  # IndexError: the data file is too short
+        raise UserError(f"cannot read {prefix}; {DELETE_CHECKPOINT} ({error})") from error
+
+
+def check_names_and_shapes(prefix, variables, shapes):
+    """Raise UserError unless the variables of the checkpoint are GPT-2's weights.
+
+    variables: {name: shape}. There may be more variables, such as an optimizer's "model/wte/Adam".
+    """
+    stored = {}
+    for name, shape in variables.items():
+        if len(shape) == 3 and shape[0] == 1:  # OpenAI's "w" have an extra first axis
+            shape = shape[1:]
+        if name.endswith(("/wte", "/wpe", "/g", "/b", "/w")):
+            stored[name] = tuple(shape)
+
+    problem = f"{prefix} does not fit hparams.json:"
+    for name in sorted(stored.keys() | shapes.keys()):
+        if name not in stored:
+            raise UserError(f"{problem} {name} is missing")
+        if name not in shapes:
+            raise UserError(f"{problem} {name} is not expected")
+        if stored[name] != shapes[name]:
+            raise UserError(f"{problem} {name} is {stored[name]}, expected {shapes[name]}")
+
+
 def make_stamp(data_file, hparams):
-    """Return what <prefix>.verified says if this data file, cut by these hparams, was compared.
+    """Return what <prefix>.verified says once this data file has been verified with these hparams.
 
     The time is in whole seconds, because archives and container images store no fractions of them.
     """
-    stamp = {"modified": int(data_file.stat().st_mtime)}
-    for name in ("n_vocab", "n_ctx", "n_embd", "n_layer"):
-        stamp[name] = hparams[name]
+    stamp = {
+        "modified": int(data_file.stat().st_mtime),
+        "n_vocab": hparams["n_vocab"],
+        "n_ctx": hparams["n_ctx"],
+        "n_embd": hparams["n_embd"],
+        "n_layer": hparams["n_layer"],
+    }
     return json.dumps(stamp)
+
+
+def is_verified(stamp_file, stamp):
+    """Whether an earlier run has written this stamp, whole."""
+    return stamp_file.is_file() and stamp_file.read_bytes() == stamp.encode()
 
 
 def map_weights(data_file, shapes):
@@ -300,77 +393,16 @@ def map_weights(data_file, shapes):
 def map_and_compare(prefix, data_file, shapes):
     """Memory-map the data file, and compare each array with what TensorFlow reads.
 
-    Returns {name: array} and the number of arrays that differ, as they do if the file has the
-    variables in another order. Of those, TensorFlow's are returned.
+    Returns {name: array}, and whether all were equal. Where they differ, as they do if the file has
+    the variables in another order, the array is TensorFlow's.
     """
     weights = map_weights(data_file, shapes)
-    n_different = 0
+    all_equal = True
     for name, array in read_with_tensorflow(prefix, shapes):
         if not np.array_equal(array, weights[name]):
             weights[name] = array
-            n_different += 1
-    return weights, n_different
-
-
-def read_with_tensorflow(prefix, shapes):
-    """Yield (name, float32 array) for each of the weights. TensorFlow verifies their checksums.
-
-    Raises UserError if the checkpoint is damaged or has other weights, ImportError if TensorFlow
-    cannot be imported.
-    """
-    # the bar is shown before the import, because that takes seconds, too
-    with tqdm(desc=f"reading {prefix} with TensorFlow", total=len(shapes)) as bar:
-        tf = import_tensorflow()
-        with advice_on_damage(prefix, tf):
-            reader = tf.train.load_checkpoint(str(prefix))
-            variables = reader.get_variable_to_shape_map()
-        check_names_and_shapes(prefix, variables, shapes)
-        for name, shape in shapes.items():
-            with advice_on_damage(prefix, tf):
-                array = reader.get_tensor(name)
-            yield name, np.asarray(array, np.float32).reshape(shape)
-            bar.update()
-
-
-def import_tensorflow():
-    """Import TensorFlow, without its log messages. Raises ImportError if that fails."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # oneDNN logs a message at any level
-    try:
-        import tensorflow
-    except Exception as error:  # a broken installation can raise anything
-        raise ImportError(f"cannot import TensorFlow: {error}") from error
-    return tensorflow
-
-
-@contextlib.contextmanager
-def advice_on_damage(prefix, tf):
-    """Turn what TensorFlow raises for a damaged checkpoint into a UserError that says what to do.
-
-    Wrap only TensorFlow's own calls in it: a bug of ours must not end in advice to delete a model.
-    """
-    try:
-        yield
-    except (tf.errors.OpError, IndexError) as error:  # IndexError: the data file is too short
-        raise UserError(f"cannot read {prefix}; {DELETE_CHECKPOINT} ({error})") from error
-
-
-def check_names_and_shapes(prefix, variables, shapes):
-    """Raise UserError unless the variables of the checkpoint are GPT-2's weights.
-
-    variables: {name: shape}. There may be more variables, such as an optimizer's "model/wte/Adam".
-    """
-    stored = {}
-    for name, shape in variables.items():
-        if name.endswith(("/wte", "/wpe", "/g", "/b", "/w")):
-            stored[name] = tuple(shape[-2:])  # each "w" has an extra first axis of length 1
-    for name in sorted(stored | shapes):
-        found = stored.get(name, "missing")
-        expected = shapes.get(name, "none")
-        if found != expected:
-            raise UserError(
-                f"{prefix} does not fit hparams.json: {name} is {found}, expected {expected}"
-            )
+            all_equal = False
+    return weights, all_equal
 
 
 def nest(weights, n_layer):
@@ -401,15 +433,14 @@ def parse_arguments(main):
 
     arguments = []
 
-    # Fire calls its function before it notices a misspelled option. So instead of main, it gets a
-    # function that has main's signature and docstring, but only collects the arguments
+    # Fire calls its function before it notices a misspelled option: main would already have run. So
+    # it gets a function that has main's signature and docstring, but only collects the arguments
     @functools.wraps(main)
     def collect(*values):
         arguments.extend(values)
 
-    # Fire would turn a prompt like 12345 or [1, 2] into a number or a list. Every argument is a
-    # string instead if str takes the place of the function that does this, until Fire is done.
-    # (Fire's own way to say so, its decorator SetParseFn, would show up in the help)
+    # Fire would turn a prompt like 12345 or [1, 2] into a number or a list. So while it runs, its
+    # parser of values is replaced by str. (Its decorator for this, SetParseFn, shows in the help)
     parse_value = fire.parser.DefaultParseValue
     fire.parser.DefaultParseValue = str
     try:
@@ -427,14 +458,15 @@ def parse_arguments(main):
 def one_line_errors():
     """For the command line: print errors that the user can fix as one line, exit with status 1.
 
-    The line goes to stderr. Any other exception is taken for a bug, and keeps its traceback.
+    The line goes to stderr. Any other exception is a bug, and keeps its traceback. It also makes
+    stdout accept all characters, so that text which its encoding does not have is no error.
     """
     replace_unencodable_characters()
     try:
         yield
     except KeyboardInterrupt:
-        # Ctrl+C: raised again, it ends Python as the signal itself would. Then a shell script that
-        # runs the program ends, too, instead of going on with its next line
+        # Ctrl+C: raised again, so that Python ends as if killed by the signal. Then a shell script
+        # that runs the program stops, too, instead of going on with its next line
         sys.tracebacklimit = 0  # print no traceback
         raise
     except BrokenPipeError:
@@ -449,7 +481,7 @@ def one_line_errors():
 
 
 def replace_unencodable_characters():
-    """From now on, print a character that the terminal's encoding does not have as "?"."""
+    """From now on, print "?" for a character that stdout's encoding does not have."""
     if hasattr(sys.stdout, "reconfigure"):  # not in Jupyter, where stdout encodes nothing
         sys.stdout.reconfigure(errors="replace")
 

@@ -219,8 +219,8 @@ def test_only_the_four_sizes_reach_a_path(tmp_path, size):
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"n_layer": 11}, "model/h11/attn/c_attn/b is (36,), expected none"),
-        ({"n_layer": 13}, "model/h12/attn/c_attn/b is missing, expected (36,)"),
+        ({"n_layer": 11}, "model/h11/attn/c_attn/b is not expected"),
+        ({"n_layer": 13}, "model/h12/attn/c_attn/b is missing"),
         ({"n_vocab": 7}, "model/wte is (300, 12), expected (7, 12)"),
         ({"n_ctx": 7}, "model/wpe is (16, 12), expected (7, 12)"),
         ({"n_embd": 6}, "model/h0/attn/c_attn/b is (36,), expected (18,)"),
@@ -243,7 +243,7 @@ FOREIGN = {f"newslm{name[5:]}": value for name, value in WEIGHTS.items()}
     ("values", "difference"),
     [
         (TRANSPOSED, "model/wte is (12, 300), expected (300, 12)"),
-        (FOREIGN, "model/h0/attn/c_attn/b is missing, expected (36,)"),
+        (FOREIGN, "model/h0/attn/c_attn/b is missing"),
     ],
 )
 def test_weights_with_other_shapes_or_names_are_refused(tmp_path, values, difference):
@@ -256,9 +256,9 @@ def half_of(name):
     return content[: len(content) // 2]
 
 
-JSON = "cannot read {path}; delete it to download it again"
-LACKS = "{path} has no n_vocab; delete it to download it again"
-MISMATCH = "{folder}vocab.bpe does not match encoder.json; delete both to download them again"
+JSON = "cannot read {path}; delete it to download OpenAI's"
+LACKS = "{path} has no n_vocab; delete it to download OpenAI's"
+MISMATCH = "{folder}vocab.bpe does not match encoder.json; delete both to download OpenAI's"
 OPENAIS = "if it is OpenAI's, delete model.ckpt.* and checkpoint to download them again"
 CHECKPOINT = f"cannot read {{folder}}model.ckpt; {OPENAIS}"
 NO_SUCH_CHECKPOINT = f"cannot read {{folder}}model-7; {OPENAIS}"

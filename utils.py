@@ -249,8 +249,8 @@ def load_weights(prefix, hparams):
     if is_verified(stamp_file, stamp):
         return map_weights(data_file, shapes)
 
-    # case 3: compare them now. If the file changes meanwhile, its stamp will be another one, and the
-    # next run compares again
+    # case 3: compare them now. If the file changes meanwhile, it gets another stamp, and the next
+    # run compares again
     weights, all_equal = map_and_compare(prefix, data_file, shapes)
     if all_equal:
         with contextlib.suppress(OSError):  # in a read-only folder, every run compares

@@ -359,21 +359,24 @@ def print_tables(rounds, engines, size):
         own, other = [median(name, row).replace(",", "") for name in ("this program", column)]
         return f"{float(other) / float(own):.2f}"
 
-    def print_table(title, columns, cell):
+    def print_table(title, columns, cell, rows):
         print(f"\n{title}:\n\n| | {' | '.join(columns)} |")
         print("| --- " * (1 + len(columns)) + "|")
-        for row in rounds[0][columns[0]]:
+        for row in rows:
             print(f"| {row} | {' | '.join(cell(column, row) for column in columns)} |")
 
+    rows = list(rounds[0]["this program"])
+    times = [row for row in rows if row.endswith("s)")]
     n = f"of {len(rounds)} rounds"
-    print_table(f"{size}, medians {n}", engines, median)
+    print_table(f"{size}, medians {n}", engines, median, rows)
     if engines[1:]:
-        print_table(
-            "Divided by this program's (above 1: this program is better)", engines[1:], ratio
-        )
-    print_table(f"{size}, lowest and highest {n}", engines, lowest_and_highest)
-    print_table(f"{size}, 10-token prompt, 1 new token, medians {n}", STARTS, median)
-    print_table("Lowest and highest", STARTS, lowest_and_highest)
+        title = "Divided by this program's figures (above 1: this program is faster)"
+        print_table(title, engines[1:], ratio, times)
+    print_table(f"{size}, lowest and highest {n}", engines, lowest_and_highest, rows)
+
+    rows = list(rounds[0][STARTS[0]])
+    print_table(f"{size}, 10-token prompt, 1 new token, medians {n}", STARTS, median, rows)
+    print_table("Lowest and highest", STARTS, lowest_and_highest, rows)
 
 
 def main(size, n_rounds, folder, engines):

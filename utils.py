@@ -447,7 +447,7 @@ def parse_arguments(main):
         fire.Fire(collect)
     except SystemExit as error:
         if error.code != 0:  # it is 0 after --help
-            print("Put the prompt in quotation marks; --help lists the options.", file=sys.stderr)
+            print("Is the prompt in quotation marks? --help lists the options.", file=sys.stderr)
         raise
     finally:
         fire.parser.DefaultParseValue = parse_value

@@ -66,7 +66,7 @@ def losses_without_a_head():
 
 
 def sample(ids, params, n, temperature, k, seed):
-    """Like gpt2.generate, but draw each token instead of taking the most likely one."""
+    """Like gpt2.stream, but draw each token instead of taking the most likely one."""
     rng = np.random.default_rng(seed)
     new = []
     for _ in range(n):
@@ -80,7 +80,7 @@ def how_many_recite(k):
     """How many of 12 runs at a temperature of 1.5 go on with the poem for 40 tokens."""
     encoder, params = load_toy()
     ids = encoder.encode("Twas brillig, and the slithy")
-    poem = gpt2.generate(ids, params, N_HEAD, 40)
+    poem = list(gpt2.stream(ids, params, N_HEAD, 40))
     return sum(sample(ids, params, 40, 1.5, k, seed) == poem for seed in range(12))
 
 

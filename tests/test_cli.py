@@ -19,7 +19,7 @@ import utils
 PROMPT = "Twas brillig, and the slithy"
 VERSE = " toves\nDid gyre and gimble in the wabe:\nAll mimsy were the borogoves,\n"
 USAGE = "Usage: gpt2.py"
-HINT = "Put the prompt in quotation marks; --help lists the options.\n"
+HINT = "Is the prompt in quotation marks? --help lists the options.\n"
 
 
 @pytest.fixture(scope="module", autouse=True)

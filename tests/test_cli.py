@@ -192,6 +192,8 @@ def test_ctrl_c_shows_no_traceback_and_ends_a_loop_of_the_shell_around_the_progr
     ctrl_c += "os.killpg(0, signal.SIGINT); time.sleep(9)"
     loop = f"for i in 1 2 3; do {shlex.join([sys.executable, '-c', ctrl_c])}; echo next; done"
     options = {"cwd": ROOT, "capture_output": True, "text": True, "start_new_session": True}
+    # a test that runs in the background may have been started with SIGINT ignored
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     done = subprocess.run(["bash", "-c", loop], check=False, **options)
     assert (done.stdout, done.stderr) == ("", "KeyboardInterrupt\n")
     assert done.returncode == -signal.SIGINT

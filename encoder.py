@@ -1,11 +1,12 @@
 """GPT-2's byte-pair encoding: text to token ids and back (Radford et al. 2019, section 2.2).
 
 A text is split into words (or numbers, or punctuation), so that no token spans two of them. Each
-word becomes its UTF-8 bytes, and each byte is written as one printable character. Adjacent symbols
-are then merged into longer and longer tokens, following a list of merges: the most frequent pairs
-of the training text, found one after another (as by `learn_merges` in tests/tools/train_toy.py).
-"Neural Machine Translation of Rare Words with Subword Units" (Sennrich et al. 2016), section 3.2.
-The vocabulary of 50,257 tokens is the 256 bytes, 50,000 merged pairs, and `<|endoftext|>`.
+word becomes its UTF-8 bytes, and each byte is written as one printable character, a symbol.
+Adjacent symbols are then merged into longer and longer ones, following a list of merges: the most
+frequent pairs of the training text, found one after another (see `learn_merges` in
+tests/tools/train_toy.py). "Neural Machine Translation of Rare Words with Subword Units" (Sennrich
+et al. 2016), section 3.2. The vocabulary of 50,257 tokens is the 256 bytes, 50,000 merged pairs,
+and `<|endoftext|>`.
 """
 
 import codecs
@@ -24,10 +25,9 @@ PATTERN = regex.compile(
     | [ ]?\p{L}+               # letters, with the space before them, if any
     | [ ]?\p{N}+               # numbers, with the space before them, if any
     | [ ]?[^\s\p{L}\p{N}]+     # other characters, with the space before them, if any
-    | \s+(?!\S)                # whitespace: at the end of the text, all of it; in front of a word,
-                               # all but its last character, which is what \S refuses. So "a  b" is
-                               # "a", " ", " b": the last space goes with the word
-    | \s+                      # the last character in front of a word, if it is not a space:
+    | \s+(?!\S)                # whitespace, without its last character if a word follows: "a  b" is
+                               # "a", " ", " b"
+    | \s+                      # what is left: one character in front of a word that is not a space:
                                # "a\n\nb" is "a", "\n", "\n", "b"
     """,
     regex.VERBOSE,
@@ -42,8 +42,9 @@ def bytes_to_unicode():
     character (so "é", two bytes in UTF-8, becomes "Ã©"). The other 68 bytes take the characters
     from U+0100 on, in order: a space (32) is "Ġ", a newline (10) "Ċ". Returns {byte: character}.
 
-    The visible ones come first: in this order, the bytes have the ids 0 to 255 of the vocabulary.
-    So "!" (33) has id 0, and the space, after 188 visible bytes and 0 to 31, has id 220.
+    The visible ones come first, because in this order, the bytes have the ids 0 to 255 of the
+    vocabulary: "!" (33) has id 0, and the space (32), after 188 visible bytes and 0 to 31, has id
+    220.
     """
     visible = list(range(ord("!"), ord("~") + 1))
     visible += range(ord("¡"), ord("¬") + 1)  # between these two is the invisible soft hyphen
@@ -97,11 +98,11 @@ class Encoder:
         """Split a word into tokens: "Ġlower" -> "Ġlow er".
 
         While any two adjacent symbols can be merged, merge the pair that was learned first (the one
-        with the lowest rank) wherever it occurs, from left to right. The order matters: each pair
-        was counted in a text in which all earlier pairs had been merged already.
+        with the lowest rank) wherever it occurs, from left to right. The order matters, because
+        each pair was learned after all earlier ones had been merged.
 
-        token: the whole word (OpenAI's name for it), in characters of `bytes_to_unicode`.
-        Returns a string with spaces between the tokens, as OpenAI's `bpe` does.
+        token: a word, in characters of `bytes_to_unicode`. (The name and the type of the result, a
+        string with spaces between the tokens, are those of OpenAI's `bpe`.)
         """
         symbols = list(token)
         while True:
@@ -112,7 +113,7 @@ class Encoder:
             merged = []
             for symbol in symbols:
                 if merged and (merged[-1], symbol) == best_pair:
-                    merged[-1] += symbol  # now longer, it is not merged again: "aaa" is "aa a"
+                    merged[-1] += symbol  # now longer, it is not merged again: "aaa" gives "aa a"
                 else:
                     merged.append(symbol)
             symbols = merged
@@ -127,7 +128,8 @@ class Encoder:
         for word in PATTERN.findall(text):
             utf8 = word.encode("utf-8", errors="replace")
             symbols = "".join(self.byte_encoder[byte] for byte in utf8)
-            ids += [self.encoder[token] for token in self.bpe(symbols).split(" ")]
+            tokens = self.bpe(symbols).split(" ")
+            ids += [self.encoder[token] for token in tokens]
         return ids
 
     def decode(self, ids):
@@ -138,10 +140,10 @@ class Encoder:
         return "".join(self.decode_each(ids))
 
     def decode_each(self, ids):
-        """Yield the text of each token id, as `decode` does for all of them together.
+        """Yield the text piece by piece; joined, the pieces are what `decode` returns.
 
-        A token may end in the middle of a character. Then the bytes of this character are kept, and
-        it is part of the piece that completes it. After all ids comes one more piece: it is empty,
+        There is a piece for each id. If a token ends in the middle of a character, the character
+        belongs to the piece that completes it. One more piece follows at the end: it is empty,
         unless the last character is incomplete.
         """
         IncrementalDecoder = codecs.getincrementaldecoder("utf-8")
@@ -161,22 +163,25 @@ def get_encoder(model_name, models_dir):
     """Build the Encoder from <models_dir>/<model_name>/encoder.json and vocab.bpe.
 
     encoder.json may have more tokens than follow from vocab.bpe, as after fine-tuning.
-    Raises JSONDecodeError or UnicodeDecodeError if encoder.json is damaged, MismatchError if
-    vocab.bpe is (all three are ValueErrors), and OSError if one of them cannot be read.
+    Raises JSONDecodeError or UnicodeDecodeError if encoder.json is damaged, MismatchError if the
+    two do not belong together, as when vocab.bpe is truncated (all three are ValueErrors), and
+    OSError if one of them cannot be read.
     """
     folder = Path(models_dir, model_name)
-    encoder = json.loads((folder / "encoder.json").read_text("utf-8"))
+    text = (folder / "encoder.json").read_text("utf-8")
+    encoder = json.loads(text)
 
-    # errors="replace": if the file is cut off in the middle of a character, that is no error here,
-    # but found by the comparison below, as wherever else it is cut off
-    lines = (folder / "vocab.bpe").read_text("utf-8", errors="replace").splitlines()
-    merges = [tuple(line.split()) for line in lines[1:]]  # the first line is a version
+    # errors="replace": if the file is cut off in the middle of a character, that is not an error
+    # here; it fails the comparison below, like a file that is cut off anywhere else
+    text = (folder / "vocab.bpe").read_text("utf-8", errors="replace")
+    lines = text.splitlines()[1:]  # without the first one, "#version: 0.2"
+    merges = [tuple(line.split()) for line in lines]
 
-    # the ids of a vocabulary follow from its merges
+    # the tokens and their ids follow from the merges
     tokens = list(bytes_to_unicode().values())
     tokens += ["".join(pair) for pair in merges]
     tokens.append("<|endoftext|>")
-    ids = {token: i for i, token in enumerate(tokens)}
-    if not ids.items() <= encoder.items():
+    expected = {token: i for i, token in enumerate(tokens)}
+    if not expected.items() <= encoder.items():  # that is, if they are not a subset
         raise MismatchError(f"{folder / 'vocab.bpe'} does not match encoder.json")
     return Encoder(encoder, merges)

@@ -20,8 +20,8 @@ calls `main`, at the end of this file. In essence, this is what happens:
     print(encoder.decode(ids))  # the prompt and 40 new tokens
 
 A token is a word, a piece of a word, or punctuation, and its id is its number in the vocabulary. An
-embedding is the row of numbers that stands for a token inside the model. Between layers, x has one
-such row for each of n_seq tokens: [n_seq, n_embd].
+embedding is the row of numbers that stands for a token inside the model. What passes from layer to
+layer is x, with one such row for each of n_seq tokens: [n_seq, n_embd].
 
            n_vocab      n_ctx            n_embd               n_head            n_layer
            vocabulary   context length   embedding size       attention heads   layers
@@ -49,19 +49,21 @@ def gelu(x):
 
     Any shape. 3 -> 2.996, 1 -> 0.841, 0 -> 0, -1 -> -0.159, -3 -> -0.004. Without such a nonlinear
     function between them, two linear layers would be no more than a single one. This is the tanh
-    approximation of x * P(Z < x), with a standard normal variable Z: "Gaussian Error Linear Units"
-    (Hendrycks and Gimpel 2016), section 2.
+    approximation of x * P(Z < x), where Z is a standard normal variable: "Gaussian Error Linear
+    Units" (Hendrycks and Gimpel 2016), section 2.
     """
     # math.sqrt returns a Python float, which leaves the type of the array alone. np.sqrt would
     # return a float64 scalar, and in NumPy 2, that makes everything computed with it float64.
-    # x * x * x, because x**3 is much slower
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+    # (x * x * x, because x**3 is much slower.)
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
+    return 0.5 * x * (1 + np.tanh(inner))
 
 
 def softmax(x):
-    """Turn each row of x (along the last axis) into probabilities: positive, with a sum of 1.
+    """Turn each row of x (along the last axis) into probabilities, which sum to 1.
 
-    Any shape. The larger a number, the larger its probability.
+    Any shape. The larger a number, the larger its probability. Attention uses it for its scores. It
+    also turns logits into the probabilities of the next token.
     """
     # e^(x - max) = e^x / e^max, and e^max cancels out below; e^x alone could overflow
     powers = np.exp(x - np.max(x, axis=-1, keepdims=True))
@@ -73,8 +75,8 @@ def layer_norm(x, g, b, eps=1e-5):
 
     However large the numbers in x become from layer to layer, each layer sees them on one scale.
 
-    x [..., n_embd], g [n_embd], b [n_embd] -> [..., n_embd]. eps, with OpenAI's value, prevents
-    division by zero. "Layer Normalization" (Ba et al. 2016), section 3.
+    x [..., n_embd], g [n_embd], b [n_embd] -> [..., n_embd]. eps (OpenAI's value) prevents division
+    by zero. "Layer Normalization" (Ba et al. 2016), section 3.
     """
     x = x - np.mean(x, axis=-1, keepdims=True)
     variance = np.mean(x * x, axis=-1, keepdims=True)  # [..., n_embd] -> [..., 1]
@@ -96,8 +98,9 @@ def ffn(x, c_fc, c_proj):
     [n_seq, n_embd] -> [n_seq, n_embd]. "Attention Is All You Need" (Vaswani et al. 2017), section
     3.3, with GELU instead of max(0, x).
     """
-    x = gelu(linear(x, **c_fc))  # project up: [n_seq, n_embd] -> [n_seq, 4*n_embd]
-    return linear(x, **c_proj)  # project back down: [n_seq, 4*n_embd] -> [n_seq, n_embd]
+    hidden = linear(x, **c_fc)  # project up: [n_seq, n_embd] -> [n_seq, 4*n_embd]
+    hidden = gelu(hidden)
+    return linear(hidden, **c_proj)  # project back down: [n_seq, 4*n_embd] -> [n_seq, n_embd]
 
 
 def attention(q, k, v, mask):
@@ -112,28 +115,17 @@ def attention(q, k, v, mask):
     q [n_q, d], k [n_k, d], v [n_k, d], mask [n_q, n_k] -> [n_q, d]. With a leading axis n_head in
     q, k and v, each head is handled separately. Vaswani et al. 2017, section 3.2.1.
     """
-    # a score is a sum of d terms, and the typical size of such a sum grows like sqrt(d). Without
-    # the division, softmax would put nearly all the weight on one key. (Dividing q has the same
-    # effect as dividing q k^T, and q is usually the smaller array)
+    # A score is a sum of d terms, and the typical size of such a sum grows like sqrt(d). Without
+    # the division, softmax would put nearly all the weight on one key. Dividing q instead of
+    # q k^T has the same effect, and q is usually the smaller array.
     scaled_q = q / math.sqrt(q.shape[-1])
     scores = scaled_q @ k.swapaxes(-1, -2) + mask  # [n_q, d] @ [d, n_k] -> [n_q, n_k]
     weights = softmax(scores)  # the attention weights; each row has a sum of 1
     return weights @ v  # [n_q, n_k] @ [n_k, d] -> [n_q, d]
 
 
-# ---- The cache -------------------------------------------------------------------------------
-#
-# On a first reading, ignore the cache: take kvcache to be None and n_past to be 0.
-#
-# To generate a text, the model is called once per new token. In each layer, a token needs the keys
-# and values of all tokens up to itself. Those of the earlier tokens are the same in every call,
-# because no token looks at later ones. So `stream`, below, keeps them in an array, the kvcache:
-#
-#     [n_layer, 2, n_head, capacity, n_embd/n_head]
-#
-# The axis of length 2 is for keys and values, and capacity is the number of tokens that there is
-# room for. n_past of them are in the cache already, and only the new tokens have to go through the
-# model. Up to rounding, the results are the same as without a cache.
+# From here on, some functions have the parameters kvcache and n_past. They are for generation, and
+# explained there, above `stream`. On a first reading, take kvcache to be None and n_past to be 0.
 
 
 def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
@@ -141,12 +133,13 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
 
     A single head can look for only one kind of thing ("the token before this one", for instance).
     So there are n_head heads side by side, each with queries, keys and values of its own, which are
-    n_embd/n_head numbers long. (tests/textbook.py does this in plain loops.)
+    n_embd/n_head numbers long.
 
     [n_seq, n_embd] -> [n_seq, n_embd]. Vaswani et al. 2017, section 3.2.2.
 
-    kvcache: None, or this layer's part of the cache, float32 [2, n_head, capacity, n_embd/n_head].
-    It holds n_past earlier tokens; the keys and values of x are written after theirs.
+    kvcache: None, or float32 [2, n_head, capacity, n_embd/n_head], with room for the keys and
+    values of `capacity` tokens. It holds those of n_past earlier tokens; those of x are written
+    after them.
     """
     n_seq, n_embd = x.shape
     # project to queries, keys and values: [n_seq, n_embd] -> [n_seq, 3*n_embd]
@@ -169,12 +162,12 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
     #     [[0, -1e10, -1e10],         [[0,     0, -1e10],
     #      [0,     0, -1e10],          [0,     0,     0]]
     #      [0,     0,     0]]
-    # np.tri has ones on and below its diagonal, which the third argument moves to the right
+    # np.tri has ones on and below its diagonal, here n_past columns further right
     visible = np.tri(n_seq, n_past + n_seq, n_past, dtype=np.float32)
     mask = (1 - visible) * -1e10  # [n_seq, n_past + n_seq]
 
     heads = attention(q, k, v, mask)  # [n_head, n_seq, n_embd/n_head]
-    # merge heads: put those of each token side by side again:
+    # merge heads: put their results side by side again, token by token:
     # [n_head, n_seq, n_embd/n_head] -> [n_seq, n_head, n_embd/n_head] -> [n_seq, n_embd]
     x = heads.swapaxes(0, 1).reshape(n_seq, n_embd)
     # project: combine what the heads have found: [n_seq, n_embd] -> [n_seq, n_embd]
@@ -189,8 +182,10 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kvcache=None, n_past=0):
     was in x is still there). mlp (multilayer perceptron): the weights of ffn. Radford et al. 2019,
     section 2.3.
     """
-    x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, kvcache=kvcache, n_past=n_past)
-    return x + ffn(layer_norm(x, **ln_2), **mlp)
+    normalized = layer_norm(x, **ln_1)
+    x = x + mha(normalized, **attn, n_head=n_head, kvcache=kvcache, n_past=n_past)
+    normalized = layer_norm(x, **ln_2)
+    return x + ffn(normalized, **mlp)
 
 
 def transformer(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
@@ -213,18 +208,18 @@ def transformer(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
                 c_proj  w [4*n_embd, n_embd], b [n_embd]      projection back down
         ln_f            g [n_embd], b [n_embd]                final layer norm
 
-    kvcache: None, or float32 [n_layer, 2, n_head, capacity, n_embd/n_head]. It holds n_past earlier
-    tokens, which the inputs follow; the keys and values of the inputs are added to it.
+    kvcache: None, or float32 [n_layer, 2, n_head, capacity, n_embd/n_head], as for `mha` in each
+    layer. The inputs follow the n_past tokens that are in it.
     Raises IndexError for an id >= n_vocab, and for more than n_ctx tokens in total. (JAX arrays, in
     place of NumPy's, raise nothing.)
     """
     ids = np.asarray(inputs)  # [n_seq]
     positions = np.arange(n_past, n_past + len(ids))  # [n_seq]
-    # attention by itself does not see the order of the tokens: so each one's position is added
+    # attention compares tokens only by their rows, wherever they stand, so the position is added
     x = wte[ids] + wpe[positions]  # pick a row per token: [n_seq] -> [n_seq, n_embd]
 
     for i, block in enumerate(blocks):
-        layer_cache = None if kvcache is None else kvcache[i]  # a view: mha writes into kvcache
+        layer_cache = None if kvcache is None else kvcache[i]  # a view, so mha writes into kvcache
         x = transformer_block(x, **block, n_head=n_head, kvcache=layer_cache, n_past=n_past)
 
     return layer_norm(x, **ln_f)
@@ -237,22 +232,35 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
     vocabulary. The arguments and errors are those of `transformer`.
     """
     x = transformer(inputs, wte, wpe, blocks, ln_f, n_head=n_head, kvcache=kvcache, n_past=n_past)
-    # tied embeddings: the logit of a token is the dot product of x with the row of wte that also
-    # embeds it. "Using the Output Embedding to Improve Language Models" (Press and Wolf 2017)
+    # tied embeddings: the logit of a token is the dot product of a row of x with the token's own
+    # embedding. "Using the Output Embedding to Improve Language Models" (Press and Wolf 2017)
     return x @ wte.T  # [n_seq, n_embd] @ [n_embd, n_vocab] -> [n_seq, n_vocab]
 
 
+# ---- Generation ------------------------------------------------------------------------------
+#
+# The loop at the top of this file gives the model the whole text for each new token, and most of
+# the work is the same as the last time: because no token looks at later ones, the keys and values
+# of the earlier tokens do not change, in any layer. So `stream` keeps them in an array, the
+# kvcache:
+#
+#     [n_layer, 2, n_head, capacity, n_embd/n_head]
+#
+# The axis of length 2 is for keys and values, and capacity is the number of tokens that there is
+# room for. n_past of them are in it already, and only the new tokens have to go through the model.
+# Up to rounding, the results are the same as without a cache.
+
 # How many tokens of a prompt go through the model at once. With larger chunks, the scores of
 # attention, n_seq x (n_past + n_seq) per head, take more memory; with smaller ones, the matrix
-# products are slower. On the machines that this was measured on, 384 was about the fastest.
+# products are slower. In our measurements, 384 was about the fastest.
 CHUNK = 384
 
 
 def stream(inputs, params, n_head, n_tokens_to_generate):
     """Greedy generation: repeatedly yield the most likely next token (lowest id on ties).
 
-    This does what the loop at the top of this file does, but with a cache. It does not stop at
-    `<|endoftext|>`, after which the model begins an unrelated text.
+    This does what the loop at the top of this file does, but with the cache. It does not stop at
+    `<|endoftext|>`, the separator between training documents; an unrelated text follows it.
 
     inputs: a list of token ids, at least one. params: the weights, as in `transformer`. Yields
     n_tokens_to_generate ids (ints), each as soon as it is known.
@@ -260,14 +268,15 @@ def stream(inputs, params, n_head, n_tokens_to_generate):
     """
     n_ctx, n_embd = params["wpe"].shape
     n_layer = len(params["blocks"])
-    # the last new token does not go through the model. np.empty does not initialize the cache, as
-    # each entry is written before it is read
+    # the last new token is not fed back: hence the -1
     capacity = min(len(inputs) + n_tokens_to_generate - 1, n_ctx)
+    # np.empty does not initialize the array: each entry is written before it is read
     kvcache = np.empty((n_layer, 2, n_head, capacity, n_embd // n_head), np.float32)
 
     # the prefill phase: all inputs but the last go through the model, only to fill the cache, so no
-    # logits are needed. One matrix product for many tokens is faster than one for each of them
-    *past, token = inputs
+    # logits are needed. Many at once, because larger matrix products are more efficient. The last
+    # one is left for the decode phase, since its logits choose the first new token
+    *past, token = inputs  # a ValueError if there are none
     for n_past in range(0, len(past), CHUNK):
         chunk = past[n_past : n_past + CHUNK]
         transformer(chunk, **params, n_head=n_head, kvcache=kvcache, n_past=n_past)
@@ -280,12 +289,13 @@ def stream(inputs, params, n_head, n_tokens_to_generate):
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate):
-    """Return the ids that `stream` yields as a list, and show a progress bar meanwhile.
+    """Return a list of the ids that `stream` yields, and show a progress bar meanwhile.
 
     For programs that import this file. `main` calls `stream` itself, to print as it generates.
     """
     ids = stream(inputs, params, n_head, n_tokens_to_generate)
-    return list(tqdm(ids, "generating", n_tokens_to_generate))
+    bar = tqdm(ids, desc="generating", total=n_tokens_to_generate)
+    return list(bar)
 
 
 def main(
@@ -309,7 +319,7 @@ def main(
     Raises:
         UserError (a ValueError), OSError or ImportError: something the user can fix.
     """
-    from utils import UserError, load_encoder_hparams_and_params  # the model does not need utils
+    from utils import UserError, load_encoder_hparams_and_params  # the model itself needs no utils
 
     # before anything is downloaded, check the count (from the command line, it is a string)
     if not str(n_tokens_to_generate).isdecimal():
@@ -319,7 +329,7 @@ def main(
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     ids = encoder.encode(prompt)
     if not ids:
-        ids = [encoder.encoder["<|endoftext|>"]]  # the separator between training documents
+        ids = [encoder.encoder["<|endoftext|>"]]  # its id; a new text begins after it
 
     n_ctx = hparams["n_ctx"]
     if len(ids) + n_new > n_ctx:
@@ -329,7 +339,7 @@ def main(
 
     text = ""
     new_ids = stream(ids, params, hparams["n_head"], n_new)
-    for piece in encoder.decode_each(new_ids):  # one piece for each id, before the next is computed
+    for piece in encoder.decode_each(new_ids):  # a piece as soon as its id is known
         print(piece, end="", flush=True)
         text += piece
     print(flush=True)

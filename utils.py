@@ -1,29 +1,29 @@
 """Everything around the model. None of it is needed to understand GPT-2.
 
-gpt2.py calls three of these functions. In the order of this file, and each followed by those that
-it calls:
+gpt2.py calls three of these functions. Each is listed here with the functions that it calls, in the
+order of this file:
 
     load_encoder_hparams_and_params    everything that the model needs
         download_gpt2_files            the files that are missing
             download_file              one file, with as many requests as it takes
                 download_rest          one request
-                    total_size
+                    total_size         checks the reply
         read_encoder                   the tokenizer, from encoder.json and vocab.bpe
         read_hparams                   the hyperparameters, from hparams.json
         ckpt_prefix                    where the checkpoint is
         load_gpt2_params_from_tf_ckpt  the weights
             load_weights               in one of three ways
-                weight_shapes
+                weight_shapes          what GPT-2 must have
                 can_be_mapped
                 read_with_tensorflow   slow, but verifies checksums
                     import_tensorflow
                     damage_as_user_error
                     check_names_and_shapes
                 make_stamp
-                is_verified
+                is_verified            by an earlier run
                 map_weights            fast, but checks nothing
                 map_and_compare        both
-            nest
+            nest                       as a tree
     parse_arguments                    the command line
     one_line_errors                    errors that the user can fix
         replace_unencodable_characters
@@ -61,7 +61,7 @@ def load_encoder_hparams_and_params(model_size, models_dir):
     """
     if model_size not in SIZES:
         raise UserError(f"model_size must be one of {', '.join(SIZES)}, not {model_size!r}")
-    models_dir = os.path.expanduser(models_dir)  # ~/models is in the home folder
+    models_dir = os.path.expanduser(models_dir)  # no shell expands the ~ in --models_dir=~/models
     model_dir = Path(models_dir, model_size)
 
     download_gpt2_files(model_size, model_dir)
@@ -102,7 +102,7 @@ def download_file(url, path):
     been downloaded is kept: a later run requests the rest, too. Raises UserError or OSError.
     """
     part = path.with_name(f"{path.name}.part")
-    part.touch()
+    part.touch()  # download_rest needs the file to exist
     while True:
         size_before = part.stat().st_size
         try:
@@ -127,10 +127,10 @@ def download_rest(url, part):
     }
     try:
         reply = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
-    except ValueError as error:  # as for a malformed proxy address, which is not always an OSError
+    except ValueError as error:  # not a RequestException, as for some malformed proxy addresses
         raise OSError(f"invalid proxy or URL: {error}") from error
 
-    with reply, open(part, "r+b") as file:
+    with reply, open(part, "r+b") as file:  # not "ab": the last byte is written again
         total = total_size(reply, start)
         file.seek(start)
         with tqdm(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True) as bar:
@@ -166,11 +166,13 @@ def read_encoder(model_size, models_dir):
     """Return the Encoder. Raises UserError if one of its two files is damaged."""
     try:
         return get_encoder(model_size, models_dir)
-    except NOT_JSON as error:  # of encoder.json; if vocab.bpe is damaged, that is a MismatchError
+    except NOT_JSON as error:  # from encoder.json; a damaged vocab.bpe raises MismatchError
         path = Path(models_dir, model_size, "encoder.json")
-        raise UserError(f"cannot read {path}; delete it to download OpenAI's ({error})") from error
+        raise UserError(
+            f"cannot read {path}; delete it to download OpenAI's copy ({error})"
+        ) from error
     except MismatchError as error:
-        raise UserError(f"{error}; delete both to download OpenAI's") from error
+        raise UserError(f"{error}; delete both to download OpenAI's copies") from error
 
 
 def read_hparams(path):
@@ -178,10 +180,12 @@ def read_hparams(path):
     try:
         hparams = json.loads(path.read_text("utf-8"))
     except NOT_JSON as error:
-        raise UserError(f"cannot read {path}; delete it to download OpenAI's ({error})") from error
+        raise UserError(
+            f"cannot read {path}; delete it to download OpenAI's copy ({error})"
+        ) from error
     for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"):
         if name not in hparams:
-            raise UserError(f"{path} has no {name}; delete it to download OpenAI's")
+            raise UserError(f"{path} has no {name}; delete it to download OpenAI's copy")
     return hparams
 
 
@@ -342,9 +346,10 @@ def check_names_and_shapes(prefix, variables, shapes):
     """
     stored = {}
     for name, shape in variables.items():
-        if len(shape) == 3 and shape[0] == 1:  # OpenAI's "w" have an extra first axis
-            shape = shape[1:]
-        if name.endswith(("/wte", "/wpe", "/g", "/b", "/w")):
+        is_weight = name.endswith(("/wte", "/wpe", "/g", "/b", "/w"))
+        if is_weight and len(shape) == 3 and shape[0] == 1:
+            stored[name] = tuple(shape[1:])  # OpenAI's "w" have an extra first axis
+        elif is_weight:
             stored[name] = tuple(shape)
 
     problem = f"{prefix} does not fit hparams.json:"
@@ -352,7 +357,7 @@ def check_names_and_shapes(prefix, variables, shapes):
         if name not in stored:
             raise UserError(f"{problem} {name} is missing")
         if name not in shapes:
-            raise UserError(f"{problem} {name} is not expected")
+            raise UserError(f"{problem} {name} is unexpected")
         if stored[name] != shapes[name]:
             raise UserError(f"{problem} {name} is {stored[name]}, expected {shapes[name]}")
 
@@ -373,7 +378,8 @@ def make_stamp(data_file, hparams):
 
 
 def is_verified(stamp_file, stamp):
-    """Whether an earlier run has written this stamp, whole."""
+    """Whether an earlier run has written exactly this stamp."""
+    # bytes, because a damaged file may not be text
     return stamp_file.is_file() and stamp_file.read_bytes() == stamp.encode()
 
 
@@ -427,7 +433,8 @@ def nest(weights, n_layer):
 def parse_arguments(main):
     """Return the arguments of the command line as a list, in the order of main's parameters.
 
-    Fire checks them against main's signature, adds its defaults, and shows its docstring as help.
+    Fire checks them against main's signature, adds main's defaults, and shows main's docstring as
+    help.
     """
     import fire
 
@@ -458,8 +465,9 @@ def parse_arguments(main):
 def one_line_errors():
     """For the command line: print errors that the user can fix as one line, exit with status 1.
 
-    The line goes to stderr. Any other exception is a bug, and keeps its traceback. It also makes
-    stdout accept all characters, so that text which its encoding does not have is no error.
+    The line goes to stderr. Ctrl+C and a closed output pipe end the program without a traceback.
+    Any other exception is a bug, and keeps its traceback. Text that stdout cannot encode is not an
+    error: it is replaced.
     """
     replace_unencodable_characters()
     try:
@@ -476,7 +484,7 @@ def one_line_errors():
     except (UserError, OSError, ImportError) as error:
         message = " ".join(str(error).split())  # on one line
         print(message, file=sys.stderr)
-        flush_stdout()
+        flush_stdout()  # on a full disk, this fails again
         sys.exit(1)
 
 

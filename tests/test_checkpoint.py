@@ -219,7 +219,7 @@ def test_only_the_four_sizes_reach_a_path(tmp_path, size):
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"n_layer": 11}, "model/h11/attn/c_attn/b is not expected"),
+        ({"n_layer": 11}, "model/h11/attn/c_attn/b is unexpected"),
         ({"n_layer": 13}, "model/h12/attn/c_attn/b is missing"),
         ({"n_vocab": 7}, "model/wte is (300, 12), expected (7, 12)"),
         ({"n_ctx": 7}, "model/wpe is (16, 12), expected (7, 12)"),
@@ -256,9 +256,9 @@ def half_of(name):
     return content[: len(content) // 2]
 
 
-JSON = "cannot read {path}; delete it to download OpenAI's"
-LACKS = "{path} has no n_vocab; delete it to download OpenAI's"
-MISMATCH = "{folder}vocab.bpe does not match encoder.json; delete both to download OpenAI's"
+JSON = "cannot read {path}; delete it to download OpenAI's copy"
+LACKS = "{path} has no n_vocab; delete it to download OpenAI's copy"
+MISMATCH = "{folder}vocab.bpe does not match encoder.json; delete both to download OpenAI's copies"
 OPENAIS = "if it is OpenAI's, delete model.ckpt.* and checkpoint to download them again"
 CHECKPOINT = f"cannot read {{folder}}model.ckpt; {OPENAIS}"
 NO_SUCH_CHECKPOINT = f"cannot read {{folder}}model-7; {OPENAIS}"

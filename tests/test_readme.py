@@ -39,7 +39,7 @@ def test_the_table_of_sizes_has_the_right_numbers_of_parameters():
 
 @pytest.mark.parametrize("name", ["gpt2.py", "encoder.py", "utils.py"])
 def test_the_three_files_are_as_long_as_it_says(name):
-    said = re.search(rf"^- \[{name}\].* (\d+) lines", README, re.MULTILINE)
+    said = re.search(rf"^- \[{name}\].*\((\d+) lines", README, re.MULTILINE)
     assert int(said[1]) == len((ROOT / name).read_text("utf-8").splitlines())
 
 

@@ -270,6 +270,7 @@ DAMAGE = [  # a file, what is in it instead (None: it is missing), the message
     ("encoder.json", b"{}", MISMATCH),
     ("vocab.bpe", half_of("vocab.bpe"), MISMATCH),
     ("vocab.bpe", b"", MISMATCH),
+    ("vocab.bpe", b"#version: 0.2\n\xc4", MISMATCH),  # cut off in the middle of a character
     ("hparams.json", half_of("hparams.json"), JSON),
     ("hparams.json", b"", JSON),
     ("hparams.json", b"{}", LACKS),

@@ -55,8 +55,7 @@ def gelu(x):
     # math.sqrt returns a Python float, which leaves the type of the array alone. np.sqrt would
     # return a float64 scalar, and in NumPy 2, that makes everything computed with it float64.
     # (x * x * x, because x**3 is much slower.)
-    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
-    return 0.5 * x * (1 + np.tanh(inner))
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
 def softmax(x):

@@ -480,12 +480,12 @@ def one_line_errors():
     except BrokenPipeError:
         # nobody reads the output any more, as after `| head`: there is nobody to tell
         flush_stdout()
-        sys.exit(1)
+        raise SystemExit(1) from None
     except (UserError, OSError, ImportError) as error:
         message = " ".join(str(error).split())  # on one line
         print(message, file=sys.stderr)
         flush_stdout()  # on a full disk, this fails again
-        sys.exit(1)
+        raise SystemExit(1) from None  # `python -i` would show both exceptions
 
 
 def replace_unencodable_characters():

@@ -18,7 +18,8 @@ import regex
 
 # What counts as a word. At each position of the text, the first of these alternatives that matches
 # is used. (Python's re has neither \p{L}, any letter of Unicode, nor \p{N}, any number, even ½. \s
-# is any whitespace, and (?!\S) means that what follows is whitespace or the end of the text.)
+# is any whitespace, and (?!\S) means that what follows is whitespace or the end of the text. As
+# VERBOSE ignores spaces, a space is written [ ].)
 PATTERN = regex.compile(
     r"""
       '(?:s|t|re|ve|m|ll|d)    # the end of a contraction, in lowercase: "don't" is "don" and "'t"
@@ -27,8 +28,8 @@ PATTERN = regex.compile(
     | [ ]?[^\s\p{L}\p{N}]+     # other characters, with the space before them, if any
     | \s+(?!\S)                # whitespace, without its last character if a word follows: "a  b" is
                                # "a", " ", " b"
-    | \s+                      # what is left: one character in front of a word that is not a space:
-                               # "a\n\nb" is "a", "\n", "\n", "b"
+    | \s+                      # what is left: a single whitespace character, not a space, in front
+                               # of a word: "a\n\nb" is "a", "\n", "\n", "b"
     """,
     regex.VERBOSE,
 )
@@ -42,9 +43,9 @@ def bytes_to_unicode():
     character (so "é", two bytes in UTF-8, becomes "Ã©"). The other 68 bytes take the characters
     from U+0100 on, in order: a space (32) is "Ġ", a newline (10) "Ċ". Returns {byte: character}.
 
-    The visible ones come first, because in this order, the bytes have the ids 0 to 255 of the
-    vocabulary: "!" (33) has id 0, and the space (32), after 188 visible bytes and 0 to 31, has id
-    220.
+    The order matters, because the place of a byte in this dict is its id in the vocabulary. The
+    visible ones come first, so "!" (33) has id 0, and the space (32), after 188 visible bytes and 0
+    to 31, has id 220.
     """
     visible = list(range(ord("!"), ord("~") + 1))
     visible += range(ord("¡"), ord("¬") + 1)  # between these two is the invisible soft hyphen
@@ -101,8 +102,8 @@ class Encoder:
         with the lowest rank) wherever it occurs, from left to right. The order matters, because
         each pair was learned after all earlier ones had been merged.
 
-        token: a word, in characters of `bytes_to_unicode`. (The name and the type of the result, a
-        string with spaces between the tokens, are those of OpenAI's `bpe`.)
+        token: a word, in characters of `bytes_to_unicode`. As in OpenAI's code, the parameter is
+        called token, and the result is one string, with spaces between the tokens.
         """
         symbols = list(token)
         while True:
@@ -113,7 +114,7 @@ class Encoder:
             merged = []
             for symbol in symbols:
                 if merged and (merged[-1], symbol) == best_pair:
-                    merged[-1] += symbol  # now longer, it is not merged again: "aaa" gives "aa a"
+                    merged[-1] += symbol  # "aaa" gives "aa a": "aa" no longer matches
                 else:
                     merged.append(symbol)
             symbols = merged

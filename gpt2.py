@@ -1,8 +1,8 @@
 """GPT-2 in NumPy, to be read from top to bottom: building blocks, model, greedy generation.
 
-GPT-2 does one thing: given a text, it rates every token of its vocabulary as the next one. This
-rating is called a logit: the larger, the more likely. Append the most likely token, ask again, and
-a text is generated. The command
+GPT-2 does one thing: given a text, it tells for every token of its vocabulary how likely it is to
+come next, with a number called a logit: the larger, the more likely. Append the most likely token,
+ask again, and a text is generated. The command
 
     python gpt2.py "Alan Turing theorized that"
 
@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 
 def gelu(x):
-    """Activation function: keep large numbers as they are, and turn very negative ones into 0.
+    """Activation function: keep large positive numbers, and turn very negative ones into almost 0.
 
     Any shape. 3 -> 2.996, 1 -> 0.841, 0 -> 0, -1 -> -0.159, -3 -> -0.004. Without such a nonlinear
     function between them, two linear layers would be no more than a single one. This is the tanh
@@ -61,8 +61,8 @@ def gelu(x):
 def softmax(x):
     """Turn each row of x (along the last axis) into probabilities, which sum to 1.
 
-    Any shape. The larger a number, the larger its probability. Attention uses it for its scores. It
-    also turns logits into the probabilities of the next token.
+    Any shape. Attention uses it for its scores. It also turns logits into the probabilities of the
+    next token.
     """
     # e^(x - max) = e^x / e^max, and e^max cancels out below; e^x alone could overflow
     powers = np.exp(x - np.max(x, axis=-1, keepdims=True))
@@ -72,7 +72,7 @@ def softmax(x):
 def layer_norm(x, g, b, eps=1e-5):
     """Normalize each row of x to mean 0 and variance 1, then scale by g and shift by b.
 
-    However large the numbers in x become from layer to layer, each layer sees them on one scale.
+    However large the numbers in x become, every layer sees them on the same scale.
 
     x [..., n_embd], g [n_embd], b [n_embd] -> [..., n_embd]. eps (OpenAI's value) prevents division
     by zero. "Layer Normalization" (Ba et al. 2016), section 3.
@@ -115,8 +115,8 @@ def attention(q, k, v, mask):
     q, k and v, each head is handled separately. Vaswani et al. 2017, section 3.2.1.
     """
     # A score is a sum of d terms, and the typical size of such a sum grows like sqrt(d). Without
-    # the division, softmax would put nearly all the weight on one key. Dividing q instead of
-    # q k^T has the same effect, and q is usually the smaller array.
+    # the division, softmax would put nearly all the weight on one key. Dividing q has the same
+    # effect as dividing q k^T, which is the larger array in a long text.
     scaled_q = q / math.sqrt(q.shape[-1])
     scores = scaled_q @ k.swapaxes(-1, -2) + mask  # [n_q, d] @ [d, n_k] -> [n_q, n_k]
     weights = softmax(scores)  # the attention weights; each row has a sum of 1
@@ -130,8 +130,8 @@ def attention(q, k, v, mask):
 def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
     """Causal multi-head self-attention: each token gathers information from those up to itself.
 
-    A single head can look for only one kind of thing ("the token before this one", for instance).
-    So there are n_head heads side by side, each with queries, keys and values of its own, which are
+    A single head gives each token only one weighted average. So there are n_head heads side by
+    side, each of which can look for something else: each has queries, keys and values of its own,
     n_embd/n_head numbers long.
 
     [n_seq, n_embd] -> [n_seq, n_embd]. Vaswani et al. 2017, section 3.2.2.
@@ -161,7 +161,7 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
     #     [[0, -1e10, -1e10],         [[0,     0, -1e10],
     #      [0,     0, -1e10],          [0,     0,     0]]
     #      [0,     0,     0]]
-    # np.tri has ones on and below its diagonal, here n_past columns further right
+    # np.tri has ones on and below the diagonal, which n_past shifts to the right
     visible = np.tri(n_seq, n_past + n_seq, n_past, dtype=np.float32)
     mask = (1 - visible) * -1e10  # [n_seq, n_past + n_seq]
 
@@ -188,9 +188,10 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kvcache=None, n_past=0):
 
 
 def transformer(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
-    """All of the model but the last step: token ids [n_seq] -> x [n_seq, n_embd].
+    """The model without its last step, which filling the cache does not need: ids -> x.
 
-    Row i is computed from inputs[: i + 1], and from the tokens in the cache.
+    Token ids [n_seq] -> [n_seq, n_embd]. Row i is computed from inputs[: i + 1], and from the
+    tokens in the cache. Radford et al. 2019, section 2.3.
 
     The weights are passed as **params, a tree of float32 arrays:
 
@@ -214,7 +215,7 @@ def transformer(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
     """
     ids = np.asarray(inputs)  # [n_seq]
     positions = np.arange(n_past, n_past + len(ids))  # [n_seq]
-    # attention compares tokens only by their rows, wherever they stand, so the position is added
+    # attention depends only on the rows, not on where they stand, so the position is added to each
     x = wte[ids] + wpe[positions]  # pick a row per token: [n_seq] -> [n_seq, n_embd]
 
     for i, block in enumerate(blocks):
@@ -245,13 +246,17 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
 #
 #     [n_layer, 2, n_head, capacity, n_embd/n_head]
 #
-# The axis of length 2 is for keys and values, and capacity is the number of tokens that there is
-# room for. n_past of them are in it already, and only the new tokens have to go through the model.
-# Up to rounding, the results are the same as without a cache.
+# The axis of length 2 is for keys and values, and capacity is how many tokens fit. n_past of them
+# are in it already, and only the new tokens have to go through the model. Up to rounding, the
+# results are the same as without a cache.
+#
+# For example, three inputs and two new tokens: inputs 0 and 1 fill the cache (n_past = 0), input 2
+# gives the first new token (n_past = 2), and this one gives the second (n_past = 3). So the cache
+# needs room for four.
 
-# How many tokens of a prompt go through the model at once. With larger chunks, the scores of
-# attention, n_seq x (n_past + n_seq) per head, take more memory; with smaller ones, the matrix
-# products are slower. In our measurements, 384 was about the fastest.
+# How many tokens of a prompt go through the model at once. With larger chunks, attention's scores,
+# n_seq x (n_past + n_seq) per head, take more memory; with smaller ones, the matrix products are
+# slower. On our machines, 384 was about the fastest.
 CHUNK = 384
 
 
@@ -259,7 +264,7 @@ def stream(inputs, params, n_head, n_tokens_to_generate):
     """Greedy generation: repeatedly yield the most likely next token (lowest id on ties).
 
     This does what the loop at the top of this file does, but with the cache. It does not stop at
-    `<|endoftext|>`, the separator between training documents; an unrelated text follows it.
+    `<|endoftext|>`, the separator between training documents, after which an unrelated text begins.
 
     inputs: a list of token ids, at least one. params: the weights, as in `transformer`. Yields
     n_tokens_to_generate ids (ints), each as soon as it is known.
@@ -273,8 +278,8 @@ def stream(inputs, params, n_head, n_tokens_to_generate):
     kvcache = np.empty((n_layer, 2, n_head, capacity, n_embd // n_head), np.float32)
 
     # the prefill phase: all inputs but the last go through the model, only to fill the cache, so no
-    # logits are needed. Many at once, because larger matrix products are more efficient. The last
-    # one is left for the decode phase, since its logits choose the first new token
+    # logits are needed. They go in large chunks, because larger matrix products are more efficient.
+    # The last one is left for the decode phase, since its logits choose the first new token
     *past, token = inputs  # a ValueError if there are none
     for n_past in range(0, len(past), CHUNK):
         chunk = past[n_past : n_past + CHUNK]
@@ -318,9 +323,10 @@ def main(
     Raises:
         UserError (a ValueError), OSError or ImportError: something the user can fix.
     """
-    from utils import UserError, load_encoder_hparams_and_params  # the model itself needs no utils
+    from utils import UserError, load_encoder_hparams_and_params  # here: the model can do without
 
-    # before anything is downloaded, check the count (from the command line, it is a string)
+    # before anything is downloaded, check the count. (From the command line, it is a string, and it
+    # is the second word of a prompt without quotation marks)
     if not str(n_tokens_to_generate).isdecimal():
         raise UserError(f"{n_tokens_to_generate!r} is not a token count: is the prompt in quotes?")
     n_new = int(n_tokens_to_generate)
@@ -328,7 +334,7 @@ def main(
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     ids = encoder.encode(prompt)
     if not ids:
-        ids = [encoder.encoder["<|endoftext|>"]]  # its id; a new text begins after it
+        ids = [encoder.encoder["<|endoftext|>"]]  # it separated the texts in training
 
     n_ctx = hparams["n_ctx"]
     if len(ids) + n_new > n_ctx:

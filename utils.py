@@ -3,29 +3,29 @@
 gpt2.py calls three of these functions. Each is listed here with the functions that it calls, in the
 order of this file:
 
-    load_encoder_hparams_and_params    everything that the model needs
-        download_gpt2_files            the files that are missing
-            download_file              one file, with as many requests as it takes
-                download_rest          one request
-                    total_size         checks the reply
-        read_encoder                   the tokenizer, from encoder.json and vocab.bpe
-        read_hparams                   the hyperparameters, from hparams.json
-        ckpt_prefix                    where the checkpoint is
-        load_gpt2_params_from_tf_ckpt  the weights
-            load_weights               in one of three ways
-                weight_shapes          what GPT-2 must have
-                can_be_mapped
-                read_with_tensorflow   slow, but verifies checksums
+    load_encoder_hparams_and_params    load everything that the model needs
+        download_gpt2_files            download the files that are missing
+            download_file              download one file, with as many requests as it takes
+                download_rest          send one request
+                    check_reply        check that the reply is what was asked for
+        read_encoder                   load the tokenizer
+        read_hparams                   load the hyperparameters
+        ckpt_prefix                    find the checkpoint
+        load_gpt2_params_from_tf_ckpt  load the weights
+            load_weights               map the data file, or read it with TensorFlow, or both
+                weight_shapes          list what GPT-2 must have
+                can_be_mapped          compare the size of the data file
+                read_with_tensorflow   read the weights, and verify their checksums
                     import_tensorflow
                     damage_as_user_error
                     check_names_and_shapes
-                make_stamp
-                is_verified            by an earlier run
-                map_weights            fast, but checks nothing
-                map_and_compare        both
-            nest                       as a tree
-    parse_arguments                    the command line
-    one_line_errors                    errors that the user can fix
+                make_stamp             tell which data file this is
+                is_verified            see whether an earlier run has verified it
+                map_weights            map the data file
+                map_and_compare        map it, and compare it with what TensorFlow reads
+            nest                       make a tree of the weights
+    parse_arguments                    read the command line
+    one_line_errors                    print errors that the user can fix
         replace_unencodable_characters
         flush_stdout
 """
@@ -119,7 +119,7 @@ def download_rest(url, part):
     """Request what the partial file still lacks, and append it. Raises OSError."""
     import requests  # here, because a run without a download does not need it
 
-    # ask for the last byte again: if the file is complete, nothing more would be an HTTP error
+    # ask for the last byte again: if the partial file is complete, an empty range is an HTTP error
     start = max(part.stat().st_size - 1, 0)
     headers = {
         "Range": f"bytes={start}-",
@@ -127,11 +127,11 @@ def download_rest(url, part):
     }
     try:
         reply = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
-    except ValueError as error:  # not a RequestException, as for some malformed proxy addresses
+    except ValueError as error:  # a plain one, as for some malformed proxy addresses
         raise OSError(f"invalid proxy or URL: {error}") from error
 
     with reply, open(part, "r+b") as file:  # not "ab": the last byte is written again
-        total = total_size(reply, start)
+        total = check_reply(reply, start)
         file.seek(start)
         with tqdm(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True) as bar:
             for chunk in reply.iter_content(8192):
@@ -142,7 +142,7 @@ def download_rest(url, part):
         raise OSError(f"got {size:,} of {total:,} bytes")
 
 
-def total_size(reply, start):
+def check_reply(reply, start):
     """Check that the reply has the bytes from `start` on, and return the size of the whole file.
 
     Raises OSError if it does not: nothing else may be appended to the partial file.
@@ -159,18 +159,18 @@ def total_size(reply, start):
 # ---- The three small files -------------------------------------------------------------------
 
 # what reading a truncated or corrupt JSON file raises
-NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
+JSON_ERRORS = (json.JSONDecodeError, UnicodeDecodeError)
+
+DELETE_IT = "delete it to download OpenAI's copy"
 
 
 def read_encoder(model_size, models_dir):
     """Return the Encoder. Raises UserError if one of its two files is damaged."""
     try:
         return get_encoder(model_size, models_dir)
-    except NOT_JSON as error:  # from encoder.json; a damaged vocab.bpe raises MismatchError
+    except JSON_ERRORS as error:  # from encoder.json; a damaged vocab.bpe raises MismatchError
         path = Path(models_dir, model_size, "encoder.json")
-        raise UserError(
-            f"cannot read {path}; delete it to download OpenAI's copy ({error})"
-        ) from error
+        raise UserError(f"cannot read {path}; {DELETE_IT} ({error})") from error
     except MismatchError as error:
         raise UserError(f"{error}; delete both to download OpenAI's copies") from error
 
@@ -179,13 +179,11 @@ def read_hparams(path):
     """Return the hyperparameters, a dict. Raises UserError if the file is damaged."""
     try:
         hparams = json.loads(path.read_text("utf-8"))
-    except NOT_JSON as error:
-        raise UserError(
-            f"cannot read {path}; delete it to download OpenAI's copy ({error})"
-        ) from error
+    except JSON_ERRORS as error:
+        raise UserError(f"cannot read {path}; {DELETE_IT} ({error})") from error
     for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"):
         if name not in hparams:
-            raise UserError(f"{path} has no {name}; delete it to download OpenAI's copy")
+            raise UserError(f"{path} has no {name}; {DELETE_IT}")
     return hparams
 
 
@@ -203,7 +201,7 @@ def read_hparams(path):
 # but it checks nothing. TensorFlow does, but importing it and reading all weights takes seconds. So
 # the first run does both and compares, and later runs rely on the map.
 
-# both must go: as long as `checkpoint` exists, no weights are downloaded
+# `checkpoint`, too, because as long as it exists, no weights are downloaded
 DELETE_CHECKPOINT = "if it is OpenAI's, delete model.ckpt.* and checkpoint to download them again"
 
 
@@ -217,7 +215,7 @@ def ckpt_prefix(model_dir):
     text = file.read_text("utf-8", errors="replace")
     paths = re.findall(r'^model_checkpoint_path: *"(.+)"', text, re.MULTILINE)
     if not paths:
-        raise UserError(f'{file} has no line model_checkpoint_path: "..."; {DELETE_CHECKPOINT}')
+        raise UserError(f'{file} has no line model_checkpoint_path: "..."; {DELETE_IT}')
     path = paths[-1]  # TensorFlow, too, uses the last one
     name = re.split(r"[/\\]", path)[-1]  # it may have been saved on Windows
     return model_dir / name
@@ -243,8 +241,8 @@ def load_weights(prefix, hparams):
     data_file = Path(f"{prefix}.data-00000-of-00001")
     stamp_file = Path(f"{prefix}.verified")
 
-    # case 1: it cannot be mapped, because it has float16 numbers, several shards or an optimizer's
-    # variables. Or it is incomplete, and TensorFlow will say so
+    # case 1: it cannot be mapped, because its size is another: float16 numbers, several shards, or
+    # an optimizer's variables. Or it is incomplete, and TensorFlow will say so
     if not can_be_mapped(data_file, shapes):
         return dict(read_with_tensorflow(prefix, shapes))
 
@@ -253,8 +251,8 @@ def load_weights(prefix, hparams):
     if is_verified(stamp_file, stamp):
         return map_weights(data_file, shapes)
 
-    # case 3: compare them now. If the file changes meanwhile, it gets another stamp, and the next
-    # run compares again
+    # case 3: compare them now. The stamp was made before, so if the file changes meanwhile, it does
+    # not match it, and the next run compares again
     weights, all_equal = map_and_compare(prefix, data_file, shapes)
     if all_equal:
         with contextlib.suppress(OSError):  # in a read-only folder, every run compares
@@ -263,7 +261,7 @@ def load_weights(prefix, hparams):
 
 
 def weight_shapes(hparams):
-    """Return {name: shape} of GPT-2's weights: the tree of `gpt2.transformer`, not yet nested."""
+    """Return {name: shape} of GPT-2's weights, as they are listed in `gpt2.transformer`."""
     n_embd = hparams["n_embd"]
     block = {
         "ln_1/g": (n_embd,),
@@ -303,7 +301,7 @@ def read_with_tensorflow(prefix, shapes):
     cannot be imported.
     """
     # the bar is shown before the import, because that takes seconds, too
-    with tqdm(desc=f"reading {prefix} with TensorFlow", total=len(shapes)) as bar:
+    with tqdm(desc=f"reading {Path(prefix).name} with TensorFlow", total=len(shapes)) as bar:
         tf = import_tensorflow()
         with damage_as_user_error(prefix, tf):
             reader = tf.train.load_checkpoint(str(prefix))
@@ -332,6 +330,7 @@ def damage_as_user_error(prefix, tf):
     """Turn what TensorFlow raises for a damaged checkpoint into a UserError that says what to do.
 
     Wrap only TensorFlow's own calls in it: a bug of ours must not end in advice to delete a model.
+    tf is the module, which is imported only when it is needed.
     """
     try:
         yield
@@ -346,10 +345,11 @@ def check_names_and_shapes(prefix, variables, shapes):
     """
     stored = {}
     for name, shape in variables.items():
-        is_weight = name.endswith(("/wte", "/wpe", "/g", "/b", "/w"))
-        if is_weight and len(shape) == 3 and shape[0] == 1:
-            stored[name] = tuple(shape[1:])  # OpenAI's "w" have an extra first axis
-        elif is_weight:
+        if not name.endswith(("/wte", "/wpe", "/g", "/b", "/w")):
+            continue
+        if len(shape) == 3 and shape[0] == 1:  # OpenAI's "w" have an extra first axis
+            stored[name] = tuple(shape[1:])
+        else:
             stored[name] = tuple(shape)
 
     problem = f"{prefix} does not fit hparams.json:"
@@ -363,9 +363,10 @@ def check_names_and_shapes(prefix, variables, shapes):
 
 
 def make_stamp(data_file, hparams):
-    """Return what <prefix>.verified says once this data file has been verified with these hparams.
+    """Return the text of <prefix>.verified for this data file and these hparams.
 
-    The time is in whole seconds, because archives and container images store no fractions of them.
+    hparams, because the same file can be cut in several ways. The time is in whole seconds, because
+    archives and container images store no fractions of them.
     """
     stamp = {
         "modified": int(data_file.stat().st_mtime),
@@ -440,14 +441,16 @@ def parse_arguments(main):
 
     arguments = []
 
-    # Fire calls its function before it notices a misspelled option: main would already have run. So
-    # it gets a function that has main's signature and docstring, but only collects the arguments
+    # Fire calls its function first, and complains about a misspelled option afterwards: main would
+    # already have run. So it gets a stand-in with main's signature and docstring, which only
+    # collects the arguments
     @functools.wraps(main)
     def collect(*values):
         arguments.extend(values)
 
-    # Fire would turn a prompt like 12345 or [1, 2] into a number or a list. So while it runs, its
-    # parser of values is replaced by str. (Its decorator for this, SetParseFn, shows in the help)
+    # Fire would turn a prompt like 12345 or [1, 2] into a number or a list. So while it runs, str
+    # takes the place of its value parser. (Its own decorator for this, SetParseFn, shows up in the
+    # help)
     parse_value = fire.parser.DefaultParseValue
     fire.parser.DefaultParseValue = str
     try:
@@ -466,8 +469,8 @@ def one_line_errors():
     """For the command line: print errors that the user can fix as one line, exit with status 1.
 
     The line goes to stderr. Ctrl+C and a closed output pipe end the program without a traceback.
-    Any other exception is a bug, and keeps its traceback. Text that stdout cannot encode is not an
-    error: it is replaced.
+    Any other exception, such as a bug of ours, keeps its traceback. Characters that stdout cannot
+    encode are no error: they are replaced.
     """
     replace_unencodable_characters()
     try:
@@ -484,8 +487,8 @@ def one_line_errors():
     except (UserError, OSError, ImportError) as error:
         message = " ".join(str(error).split())  # on one line
         print(message, file=sys.stderr)
-        flush_stdout()  # on a full disk, this fails again
-        raise SystemExit(1) from None  # `python -i` would show both exceptions
+        flush_stdout()
+        raise SystemExit(1) from None
 
 
 def replace_unencodable_characters():
@@ -495,7 +498,10 @@ def replace_unencodable_characters():
 
 
 def flush_stdout():
-    """Flush stdout. If that fails, discard the rest, which Python would fail to flush at exit."""
+    """Flush stdout. If that fails (the disk is full, or the pipe is closed), discard the rest.
+
+    Otherwise, Python would try again at exit, and print another error.
+    """
     try:
         sys.stdout.flush()
     except OSError:

@@ -262,7 +262,7 @@ MISMATCH = "{folder}vocab.bpe does not match encoder.json; delete both to downlo
 OPENAIS = "if it is OpenAI's, delete model.ckpt.* and checkpoint to download them again"
 CHECKPOINT = f"cannot read {{folder}}model.ckpt; {OPENAIS}"
 NO_SUCH_CHECKPOINT = f"cannot read {{folder}}model-7; {OPENAIS}"
-NAMELESS = f'{{path}} has no line model_checkpoint_path: "..."; {OPENAIS}'
+NAMELESS = '{path} has no line model_checkpoint_path: "..."; delete it to download OpenAI\'s copy'
 DAMAGE = [  # a file, what is in it instead (None: it is missing), the message
     ("encoder.json", half_of("encoder.json"), JSON),
     ("encoder.json", b"", JSON),

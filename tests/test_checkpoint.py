@@ -130,6 +130,14 @@ def test_a_data_file_in_another_order_gives_the_right_weights_at_every_load(tmp_
         assert_same(load(prefix), PARAMS)
 
 
+def in_two_versions(folder):
+    """model-500 is the toy's checkpoint. model-1000 is damaged: to load it would be an error."""
+    for path in folder.glob("model.ckpt.*"):
+        shutil.copy(path, folder / path.name.replace("model.ckpt", "model-500"))
+        path.rename(folder / path.name.replace("model.ckpt", "model-1000"))
+    flip_a_bit(folder / f"model-1000{DATA}", 0)
+
+
 @pytest.mark.parametrize(
     "checkpoint",
     [
@@ -137,20 +145,22 @@ def test_a_data_file_in_another_order_gives_the_right_weights_at_every_load(tmp_
         '#model_checkpoint_path: "model-1000"\nmodel_checkpoint_path: "model-500"\n',
         'model_checkpoint_path: "model-500"\n#model_checkpoint_path: "model-1000"\n',
         'model_checkpoint_path: "model-1000"\nmodel_checkpoint_path: "model-500"\n',
-        'model_checkpoint_path: "/home/zo\\303\\251/model-500"\n',
-        'model_checkpoint_path: "C:\\\\run\\\\model-500"\n',
     ],
 )
 def test_of_several_checkpoints_the_one_that_tensorflow_names_is_loaded(toy, checkpoint):
-    folder = toy / "124M"
-    for path in folder.glob("model.ckpt.*"):
-        shutil.copy(path, folder / path.name.replace("model.ckpt", "model-500"))
-        path.rename(folder / path.name.replace("model.ckpt", "model-1000"))
-    flip_a_bit(folder / f"model-1000{DATA}", 0)  # to load this one would be an error
-    (folder / "checkpoint").write_text(checkpoint)
+    in_two_versions(toy / "124M")
+    (toy / "124M" / "checkpoint").write_text(checkpoint)
     load_toy(toy)
-    # TensorFlow does not find what was saved in another folder
-    assert tf.train.latest_checkpoint(str(folder)) in (str(folder / "model-500"), None)
+    assert tf.train.latest_checkpoint(str(toy / "124M")) == str(toy / "124M" / "model-500")
+
+
+@pytest.mark.parametrize("path", ["/home/zo\\303\\251/model-500", "C:\\\\run\\\\model-500"])
+def test_a_checkpoint_that_was_saved_in_another_folder_is_found_in_this_one(toy, path):
+    """TensorFlow does not find it."""
+    in_two_versions(toy / "124M")
+    (toy / "124M" / "checkpoint").write_text(f'model_checkpoint_path: "{path}"\n')
+    load_toy(toy)
+    assert tf.train.latest_checkpoint(str(toy / "124M")) is None
 
 
 def test_a_folder_in_which_no_stamp_can_be_written_loads_at_every_run(prefix):

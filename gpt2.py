@@ -210,8 +210,8 @@ def transformer(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
 
     kvcache: None, or float32 [n_layer, 2, n_head, capacity, n_embd/n_head], as for `mha` in each
     layer. The inputs follow the n_past tokens that are in it.
-    Raises IndexError for an id >= n_vocab, and for more than n_ctx tokens in total. (JAX arrays, in
-    place of NumPy's, raise nothing.)
+    Raises IndexError for an id >= n_vocab, and for more than n_ctx tokens in total. (JAX, in place
+    of NumPy, raises nothing.)
     """
     ids = np.asarray(inputs)  # [n_seq]
     positions = np.arange(n_past, n_past + len(ids))  # [n_seq]

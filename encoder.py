@@ -96,7 +96,7 @@ class Encoder:
         self.errors = errors
 
     def bpe(self, token):
-        """Split a word into tokens: "Ġlower" -> "Ġlow er".
+        """Split a word into tokens: "Ġdon" -> "Ġ don" in the example above.
 
         While any two adjacent symbols can be merged, merge the pair that was learned first (the one
         with the lowest rank) wherever it occurs, from left to right. The order matters, because
@@ -143,14 +143,14 @@ class Encoder:
     def decode_each(self, ids):
         """Yield the text piece by piece; joined, the pieces are what `decode` returns.
 
-        There is a piece for each id. If a token ends in the middle of a character, the character
-        belongs to the piece that completes it. One more piece follows at the end: it is empty,
-        unless the last character is incomplete.
+        There is a piece, perhaps empty, for each id. If a token ends in the middle of a character,
+        the character belongs to the piece that completes it. One more piece follows at the end: it
+        is empty, unless the last character is incomplete.
         """
         IncrementalDecoder = codecs.getincrementaldecoder("utf-8")
         utf8_decoder = IncrementalDecoder(self.errors)
-        for i in ids:
-            token = self.decoder[i]
+        for token_id in ids:
+            token = self.decoder[token_id]
             utf8 = bytes(self.byte_decoder[character] for character in token)
             yield utf8_decoder.decode(utf8)  # only whole characters; the rest waits in the decoder
         yield utf8_decoder.decode(b"", final=True)
@@ -163,7 +163,7 @@ class MismatchError(ValueError):
 def get_encoder(model_name, models_dir):
     """Build the Encoder from <models_dir>/<model_name>/encoder.json and vocab.bpe.
 
-    encoder.json may have more tokens than follow from vocab.bpe, as after fine-tuning.
+    encoder.json may have extra tokens, as after fine-tuning.
     Raises JSONDecodeError or UnicodeDecodeError if encoder.json is damaged, MismatchError if the
     two do not belong together, as when vocab.bpe is truncated (all three are ValueErrors), and
     OSError if one of them cannot be read.
@@ -172,8 +172,8 @@ def get_encoder(model_name, models_dir):
     text = (folder / "encoder.json").read_text("utf-8")
     encoder = json.loads(text)
 
-    # errors="replace": if the file is cut off in the middle of a character, that is not an error
-    # here; it fails the comparison below, like a file that is cut off anywhere else
+    # errors="replace", because a file that is cut off in the middle of a character should fail the
+    # comparison below, and not raise an error here
     text = (folder / "vocab.bpe").read_text("utf-8", errors="replace")
     lines = text.splitlines()[1:]  # without the first one, "#version: 0.2"
     merges = [tuple(line.split()) for line in lines]

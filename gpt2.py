@@ -1,8 +1,9 @@
 """GPT-2 in NumPy, to be read from top to bottom: building blocks, model, greedy generation.
 
-GPT-2 does one thing: given a text, it tells for every token of its vocabulary how likely it is to
-come next, with a number called a logit: the larger, the more likely. Append the most likely token,
-ask again, and a text is generated. The command
+A token is a word, a piece of a word, or punctuation, and its id is its number in the vocabulary.
+GPT-2 does one thing: given a text, it gives each token of its vocabulary a number, its logit. The
+larger the logit, the more likely is this token to come next. Append the most likely token, ask
+again, and a text is generated. The command
 
     python gpt2.py "Alan Turing theorized that"
 
@@ -19,9 +20,9 @@ calls `main`, at the end of this file. In essence, this is what happens:
         ids.append(int(np.argmax(logits[-1])))  # the last row predicts what follows the last token
     print(encoder.decode(ids))  # the prompt and 40 new tokens
 
-A token is a word, a piece of a word, or punctuation, and its id is its number in the vocabulary. An
-embedding is the row of numbers that stands for a token inside the model. What passes from layer to
-layer is x, with one such row for each of n_seq tokens: [n_seq, n_embd].
+Inside the model, a token is a row of numbers, its embedding. What passes from layer to layer is x,
+an array of shape [n_seq, n_embd], with one such row for each of n_seq tokens. The sizes are in
+hparams, the hyperparameters:
 
            n_vocab      n_ctx            n_embd               n_head            n_layer
            vocabulary   context length   embedding size       attention heads   layers
@@ -52,17 +53,16 @@ def gelu(x):
     approximation of x * P(Z < x), where Z is a standard normal variable: "Gaussian Error Linear
     Units" (Hendrycks and Gimpel 2016), section 2.
     """
-    # math.sqrt returns a Python float, which leaves the type of the array alone. np.sqrt would
-    # return a float64 scalar, and in NumPy 2, that makes everything computed with it float64.
-    # (x * x * x, because x**3 is much slower.)
+    # math.sqrt, because np.sqrt would return a float64 scalar, which in NumPy 2 makes everything
+    # computed with it float64; and x * x * x, because x**3 is much slower
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
 def softmax(x):
     """Turn each row of x (along the last axis) into probabilities, which sum to 1.
 
-    Any shape. Attention uses it for its scores. It also turns logits into the probabilities of the
-    next token.
+    Any shape. Attention uses it for its scores. It would also turn logits into the probabilities of
+    the next token.
     """
     # e^(x - max) = e^x / e^max, and e^max cancels out below; e^x alone could overflow
     powers = np.exp(x - np.max(x, axis=-1, keepdims=True))
@@ -116,7 +116,7 @@ def attention(q, k, v, mask):
     """
     # A score is a sum of d terms, and the typical size of such a sum grows like sqrt(d). Without
     # the division, softmax would put nearly all the weight on one key. Dividing q has the same
-    # effect as dividing q k^T, which is the larger array in a long text.
+    # effect as dividing q k^T, but q is smaller when the text is long.
     scaled_q = q / math.sqrt(q.shape[-1])
     scores = scaled_q @ k.swapaxes(-1, -2) + mask  # [n_q, d] @ [d, n_k] -> [n_q, n_k]
     weights = softmax(scores)  # the attention weights; each row has a sum of 1
@@ -128,7 +128,7 @@ def attention(q, k, v, mask):
 
 
 def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
-    """Causal multi-head self-attention: each token gathers information from those up to itself.
+    """Causal multi-head self-attention: each token gathers from itself and earlier ones.
 
     A single head gives each token only one weighted average. So there are n_head heads side by
     side, each of which can look for something else: each has queries, keys and values of its own,
@@ -156,7 +156,8 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
         k, v = kvcache[:, :, : n_past + n_seq]  # each [n_head, n_past + n_seq, n_embd/n_head]
 
     # causal mask: a row per query, a column per key. Query i belongs to token n_past + i, and sees
-    # the keys 0 to n_past + i. In softmax, exp(-1e10) is 0, so the others get no weight.
+    # the keys 0 to n_past + i. In softmax, exp(-1e10) is 0, so the others get no weight. (In
+    # training, the model has to predict the next token, so it must not see it.)
     #     three tokens:               two tokens, after one in the cache (n_past = 1):
     #     [[0, -1e10, -1e10],         [[0,     0, -1e10],
     #      [0,     0, -1e10],          [0,     0,     0]]
@@ -188,7 +189,7 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kvcache=None, n_past=0):
 
 
 def transformer(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
-    """The model without its last step, which filling the cache does not need: ids -> x.
+    """The model without its last step: embeddings, all layers, and the final layer norm.
 
     Token ids [n_seq] -> [n_seq, n_embd]. Row i is computed from inputs[: i + 1], and from the
     tokens in the cache. Radford et al. 2019, section 2.3.
@@ -215,7 +216,7 @@ def transformer(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
     """
     ids = np.asarray(inputs)  # [n_seq]
     positions = np.arange(n_past, n_past + len(ids))  # [n_seq]
-    # attention depends only on the rows, not on where they stand, so the position is added to each
+    # apart from the mask, attention ignores the order of the rows, so each gets its position added
     x = wte[ids] + wpe[positions]  # pick a row per token: [n_seq] -> [n_seq, n_embd]
 
     for i, block in enumerate(blocks):
@@ -323,10 +324,13 @@ def main(
     Raises:
         UserError (a ValueError), OSError or ImportError: something the user can fix.
     """
-    from utils import UserError, load_encoder_hparams_and_params  # here: the model can do without
+    from utils import (
+        UserError,
+        load_encoder_hparams_and_params,
+    )  # here, as the model needs no utils
 
-    # before anything is downloaded, check the count. (From the command line, it is a string, and it
-    # is the second word of a prompt without quotation marks)
+    # check the count before anything is downloaded. The command line passes strings, and without
+    # quotation marks, the second word of a prompt lands here
     if not str(n_tokens_to_generate).isdecimal():
         raise UserError(f"{n_tokens_to_generate!r} is not a token count: is the prompt in quotes?")
     n_new = int(n_tokens_to_generate)

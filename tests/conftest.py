@@ -34,6 +34,7 @@ def toy(tmp_path):
 def run(*arguments, **options):
     """Run `python *arguments` in the project's folder, as subprocess.run does."""
     options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120, **options}
+    # with PYTHONUNBUFFERED, Python would flush nothing at exit, where some errors would show
     options["env"] = {**os.environ, "PYTHONUNBUFFERED": "", **options.get("env", {})}
     return subprocess.run([sys.executable, *arguments], check=False, **options)
 
@@ -97,8 +98,12 @@ def save(prefix, values, order=sorted):
     import tensorflow as tf
 
     names = order(values)
-    arrays = {"tensor_names": names, "tensors": [values[name] for name in names]}
-    tf.raw_ops.SaveV2(prefix=str(prefix), shape_and_slices=[""] * len(names), **arrays)
+    tf.raw_ops.SaveV2(
+        prefix=str(prefix),
+        tensor_names=names,
+        shape_and_slices=[""] * len(names),
+        tensors=[values[name] for name in names],
+    )
     return str(prefix)
 
 
@@ -147,12 +152,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body[:cut])
-        self.close_connection = self.close_connection or cut is not None
+        if cut is not None:
+            self.close_connection = True
 
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
         server.faults = {}  # file name -> a function of (handler, start) that answers

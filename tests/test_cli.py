@@ -52,11 +52,14 @@ def test_main_prints_the_text_that_it_returns(capsys):
 def test_by_default_it_is_40_tokens_by_124m_in_the_folder_models(monkeypatch):
     loaded = utils.load_encoder_hparams_and_params("124M", TOY)
     asked = []
-    monkeypatch.setattr(
-        utils, "load_encoder_hparams_and_params", lambda *names: asked.append(names) or loaded
-    )
+
+    def load(model_size, models_dir):
+        asked.append((model_size, models_dir))
+        return loaded
+
+    monkeypatch.setattr(utils, "load_encoder_hparams_and_params", load)
     assert command_line(monkeypatch, PROMPT) == gpt2.main(PROMPT, 40)
-    assert asked == [("124M", "models")] * 2
+    assert asked == [("124M", "models"), ("124M", "models")]
 
 
 def test_a_later_run_imports_neither_tensorflow_nor_requests():
@@ -115,7 +118,7 @@ def test_what_stdout_cannot_encode_is_a_question_mark():
 def test_a_wrong_value_is_one_line_before_a_download(
     tmp_path, monkeypatch, capsys, arguments, message
 ):
-    assert refuse(tmp_path, monkeypatch, arguments) == 1
+    assert exit_status_in_an_empty_folder(tmp_path, monkeypatch, arguments) == 1
     assert capsys.readouterr() == ("", f"{message}\n")
 
 
@@ -132,26 +135,29 @@ def test_a_wrong_value_is_one_line_before_a_download(
 def test_wrong_arguments_are_fires_lines_and_a_hint_before_a_download(
     tmp_path, monkeypatch, capsys, arguments, message
 ):
-    assert refuse(tmp_path, monkeypatch, arguments) == 2
+    assert exit_status_in_an_empty_folder(tmp_path, monkeypatch, arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"ERROR: {message}\n{USAGE}")
     assert err.endswith(f"\n{HINT}")
 
 
-def refuse(tmp_path, monkeypatch, arguments):
+def exit_status_in_an_empty_folder(tmp_path, monkeypatch, arguments):
     """Run the program in an empty folder, which stays empty. Returns its exit status."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gpt2.py", *arguments])
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as exited:
         runpy.run_path(str(ROOT / "gpt2.py"), run_name="__main__")
     assert os.listdir(tmp_path) == []
-    return exit.value.code
+    return exited.value.code
 
 
 def test_fire_is_left_as_it_was(monkeypatch):
     parse_value = fire.parser.DefaultParseValue
     command_line(monkeypatch, "12345", "1", "--models_dir", TOY)
+    assert fire.parser.DefaultParseValue is parse_value
+    with pytest.raises(SystemExit):
+        command_line(monkeypatch, "x", "--temperature=1")
     assert fire.parser.DefaultParseValue is parse_value
 
 
@@ -224,7 +230,7 @@ FULL_DISK = "[Errno 28] No space left on device\n"
     ("target", "stderr"), [("| head -c 5", ""), ("| true", ""), (">/dev/full", FULL_DISK)]
 )
 def test_a_closed_pipe_is_quiet_and_a_full_disk_is_one_line(target, stderr):
-    command = shlex.join([sys.executable, "gpt2.py", PROMPT, "--models_dir", str(TOY)])
+    command = shlex.join([sys.executable, "gpt2.py", PROMPT, "200", "124M", str(TOY)])
     # Python flushes stdout once more at exit, unless PYTHONUNBUFFERED is set
     script = ["bash", "-c", f"PYTHONUNBUFFERED= {command} {target}; exit ${{PIPESTATUS[0]}}"]
     done = subprocess.run(script, check=False, cwd=ROOT, capture_output=True, text=True)
@@ -259,4 +265,5 @@ def test_each_piece_is_flushed_also_in_a_thread_into_a_captured_stdout(monkeypat
     thread = threading.Thread(target=exec, args=(run_it, {}))
     thread.start()
     thread.join()
-    assert (seen[:2], out.getvalue()) == ([" toves", " toves\n"], " toves\nDid\n")
+    assert out.getvalue() == " toves\nDid\n"
+    assert seen[:3] == [" toves", " toves\n", " toves\nDid"]

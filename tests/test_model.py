@@ -6,6 +6,7 @@ or transformers (an implementation that nobody here has written).
 
 import copy
 import math
+import re
 
 import jax
 import numpy as np
@@ -65,10 +66,17 @@ def test_gelu_is_the_tanh_approximation():
     np.testing.assert_allclose(gpt2.gelu(x), expected, atol=1e-8)
 
 
-def test_layer_norm_makes_mean_0_and_variance_1_then_scales_and_shifts():
-    row = gpt2.layer_norm(normal(1, 1000) * 5 + 3, g=2, b=7)
-    assert row.mean() == pytest.approx(7, abs=1e-4)
-    assert row.std() == pytest.approx(2, abs=1e-4)
+def test_layer_norm_gives_each_row_mean_0_and_variance_1():
+    rows = np.array([[5], [0.1]]) * normal(2, 1000) + np.array([[3], [-8]])
+    rows = gpt2.layer_norm(rows, g=np.ones(1000), b=np.zeros(1000))
+    np.testing.assert_allclose(rows.mean(axis=-1), [0, 0], atol=1e-4)
+    np.testing.assert_allclose(rows.var(axis=-1), [1, 1], atol=2e-3)  # eps makes it a bit smaller
+
+
+def test_layer_norm_scales_each_number_by_g_and_shifts_it_by_b():
+    g, b = normal(6, seed=1), normal(6, seed=2)
+    plain = gpt2.layer_norm(normal(3, 6), np.ones(6), np.zeros(6))
+    np.testing.assert_allclose(gpt2.layer_norm(normal(3, 6), g, b), g * plain + b, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("scale", "options"), [(1, {"eps": 3.0}), (1e-3, {})])
@@ -88,21 +96,26 @@ def test_attention_averages_values_by_scaled_products_of_queries_and_keys():
 def test_attention_does_not_see_a_key_that_the_mask_hides():
     q, k, v = normal(2, 4), normal(3, 4, seed=1), normal(3, 5, seed=2)
     hidden = gpt2.attention(q, k, v, np.array([0, -1e10, 0]))
-    np.testing.assert_array_equal(hidden, gpt2.attention(q, k[[0, 2]], v[[0, 2]], np.zeros(2)))
+    without = gpt2.attention(q, k[[0, 2]], v[[0, 2]], np.zeros(2))
+    np.testing.assert_allclose(hidden, without, rtol=1e-6)
 
 
 # ---- The forward pass ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "part"), [("mha", "attn"), ("transformer_block", None)])
-def test_rows_that_look_at_each_other_become_the_textbooks(params, name, part):
-    block = params["blocks"][0]
-    weights = block[part] if part else block
+def test_mha_agrees_with_the_textbook(params):
+    attn = params["blocks"][0]["attn"]
     x = normal(20, 24)
-    expected = getattr(textbook, name)(to_float64(x), **to_float64(weights), n_head=N_HEAD)
-    np.testing.assert_allclose(
-        getattr(gpt2, name)(x, **weights, n_head=N_HEAD), expected, atol=1e-4
-    )
+    expected = textbook.mha(to_float64(x), **to_float64(attn), n_head=N_HEAD)
+    np.testing.assert_allclose(gpt2.mha(x, **attn, n_head=N_HEAD), expected, atol=1e-4)
+
+
+def test_a_transformer_block_agrees_with_the_textbook(params):
+    block = params["blocks"][0]
+    x = normal(20, 24)
+    expected = textbook.transformer_block(to_float64(x), **to_float64(block), n_head=N_HEAD)
+    result = gpt2.transformer_block(x, **block, n_head=N_HEAD)
+    np.testing.assert_allclose(result, expected, atol=1e-4)
 
 
 def test_a_later_token_changes_no_earlier_logit(params, ids):
@@ -115,7 +128,7 @@ def test_a_later_token_changes_no_earlier_logit(params, ids):
     ("n_vocab", "n_ctx", "n_embd", "n_layer", "n_head", "n_seq"),
     [(11, 8, 4, 1, 1, 8), (50, 16, 12, 2, 3, 1), (97, 32, 24, 3, 4, 20), (64, 160, 16, 2, 2, 90)],
 )
-def test_the_logits_are_the_textbooks(n_vocab, n_ctx, n_embd, n_layer, n_head, n_seq):
+def test_the_logits_agree_with_the_textbook(n_vocab, n_ctx, n_embd, n_layer, n_head, n_seq):
     params = random_params(n_vocab, n_ctx, n_embd, n_layer)
     inputs = np.random.default_rng(2).integers(0, n_vocab, n_seq).tolist()
     logits = gpt2.gpt2(inputs, **params, n_head=n_head)
@@ -143,15 +156,23 @@ TRANSFORMERS_TOKENS += [198, 1, 320, 259, 304, 11, 305, 401]
 
 @pytest.mark.parametrize("position", TRANSFORMERS_LOGITS)
 @pytest.mark.parametrize("model", [gpt2, textbook])
-def test_the_logits_of_a_long_text_are_those_of_transformers(toy_params, model, position):
+def test_the_logits_are_those_of_transformers(toy_params, model, position):
     """The layout q | k | v, the order of the heads, GELU's form and eps all show here."""
-    inputs = [i * 7 % 512 for i in range(200)][: position + 1]
+    inputs = [i * 7 % 512 for i in range(position + 1)]
     logits = model.gpt2(inputs, **toy_params, n_head=4)
     np.testing.assert_allclose(logits[-1][::64], TRANSFORMERS_LOGITS[position], atol=1e-4)
 
 
 def test_the_greedy_tokens_are_those_of_transformers(toy_params):
     assert gpt2.generate([511], toy_params, 4, 40) == TRANSFORMERS_TOKENS  # <|endoftext|>
+
+
+def test_the_textbook_shows_how_the_toy_continues_a_line():
+    done = run("tests/textbook.py")
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = done.stdout.splitlines()[-5:]
+    appended = [re.match(r"\d\.\d{3} '(.+?)' ", row)[1] for row in rows]
+    assert "".join(appended) == " One, two! And"
 
 
 def test_float32_weights_give_float32_logits(params, ids):
@@ -189,16 +210,19 @@ def test_an_id_outside_the_vocabulary_raises_indexerror(params):
 
 
 @pytest.mark.parametrize("n_seq", [1, 5, 20])
-def test_generated_tokens_are_the_textbooks(params, ids, n_seq):
+def test_the_generated_tokens_are_those_of_the_textbook(params, ids, n_seq):
     expected = textbook.generate(ids[:n_seq], to_float64(params), N_HEAD, 6)
     assert gpt2.generate(ids[:n_seq], params, N_HEAD, 6) == expected
 
 
-def test_generated_ids_are_ints_and_the_arguments_stay_as_they_are(params, ids):
+def test_generated_ids_are_ints(params, ids):
+    assert [type(i) for i in gpt2.generate(ids[:4], params, N_HEAD, 3)] == [int, int, int]
+
+
+def test_generation_leaves_its_arguments_unchanged(params, ids):
     inputs, before = ids[:4], copy.deepcopy(params)
-    new = gpt2.generate(inputs, params, N_HEAD, 3)
+    gpt2.generate(inputs, params, N_HEAD, 3)
     assert inputs == ids[:4]
-    assert [type(i) for i in new] == [int, int, int]
     np.testing.assert_equal(params, before)
 
 
@@ -222,11 +246,11 @@ def test_the_whole_context_can_be_used(params, ids):
 
 
 def test_no_token_at_all_raises_valueerror(params):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="unpack"):
         gpt2.generate([], params, N_HEAD, 3)
 
 
-def test_cached_logits_are_the_uncached_ones(params, ids):
+def test_cached_logits_equal_uncached_logits(params, ids):
     kvcache = np.empty((3, 2, N_HEAD, 50, 6), np.float32)
     gpt2.gpt2(ids[:30], **params, n_head=N_HEAD, kvcache=kvcache)
     cached = gpt2.gpt2(ids[30:50], **params, n_head=N_HEAD, kvcache=kvcache, n_past=30)
@@ -238,10 +262,11 @@ def test_cached_logits_are_the_uncached_ones(params, ids):
 @pytest.mark.parametrize("n_seq", [1, 2, 7, 8, 9, 15, 50])
 def test_a_prompt_in_chunks_gives_the_same_tokens(params, ids, n_seq, monkeypatch):
     monkeypatch.setattr(gpt2, "CHUNK", 7)
-    inputs = ids[:n_seq]
-    for new in gpt2.generate(ids[:n_seq], params, N_HEAD, 5):
-        assert new == gpt2.gpt2(inputs, **params, n_head=N_HEAD)[-1].argmax()
-        inputs = [*inputs, new]
+    expected = []
+    for _ in range(5):
+        logits = gpt2.gpt2(ids[:n_seq] + expected, **params, n_head=N_HEAD)
+        expected.append(int(logits[-1].argmax()))
+    assert gpt2.generate(ids[:n_seq], params, N_HEAD, 5) == expected
 
 
 def test_the_model_needs_numpy_and_tqdm_alone():

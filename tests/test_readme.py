@@ -21,6 +21,12 @@ def test_a_link_leads_to_a_file(path):
     assert (ROOT / path).exists()
 
 
+def test_a_link_inside_the_page_leads_to_a_heading():
+    headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    anchors = {heading.lower().replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
+
+
 def test_the_toy_prints_what_the_quick_start_shows():
     assert gpt2.main("Twas brillig, and the slithy", models_dir=TOY) in README
 
@@ -32,9 +38,11 @@ def test_the_table_of_sizes_has_the_right_numbers_of_parameters():
             _, name, _meaning, *sizes, _ = line.split("|")
             rows[name.strip(" `")] = [int(size) for size in sizes]
     assert len(rows["n_embd"]) == 5  # the toy and the four models
-    for n_vocab, n_ctx, n, n_layer, n_head, parameters in zip(*rows.values(), strict=True):
-        assert n % n_head == 0
-        assert n_layer * (12 * n * n + 13 * n) + (n_vocab + n_ctx) * n + 2 * n == parameters
+    for i in range(5):
+        n, n_layer = rows["n_embd"][i], rows["n_layer"][i]
+        tokens_and_positions = rows["n_vocab"][i] + rows["n_ctx"][i]
+        assert n_layer * (12 * n * n + 13 * n) + tokens_and_positions * n + 2 * n == rows[""][i]
+        assert n % rows["n_head"][i] == 0
 
 
 @pytest.mark.parametrize("name", ["gpt2.py", "encoder.py", "utils.py"])
@@ -49,7 +57,7 @@ def test_the_examples_print_what_is_shown_below_them(monkeypatch):
     assert len(examples) == 4
     assert README.count("```python") == 5  # the last one is part of an exercise
     names = {}  # one session
-    with np.printoptions():
+    with np.printoptions():  # restores what an example sets
         for code, shown in examples:
             printed = io.StringIO()
             with contextlib.redirect_stdout(printed):
@@ -61,7 +69,7 @@ def test_the_answers_of_the_exercises_are_those_of_the_solutions():
     of_poem, of_other = solutions.losses()
     answers = [
         f"{of_poem:.3f} for the {len(solutions.poem_ids()) - 1} predictions",
-        f"{of_other:.1f} for ",
+        f"{of_other:.1f} for the sentence",
         "losses are {:.2f}, {:.2f}, and {:.2f}".format(*solutions.losses_without_a_head().mean(1)),
         f"With k = 5, {solutions.how_many_recite(k=5)} of 12; with k = 512, none",
         "falls from {:.1f} to {:.1f}".format(*solutions.losses_before_and_after_a_step()),

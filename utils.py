@@ -1,33 +1,33 @@
 """Everything around the model. None of it is needed to understand GPT-2.
 
-gpt2.py calls three of these functions. Each is listed here with the functions that it calls, in the
-order of this file:
+gpt2.py calls three of these functions. Here they are in the order of this file, with the functions
+that they call:
 
-    load_encoder_hparams_and_params    load everything that the model needs
-        download_gpt2_files            download the files that are missing
-            download_file              download one file, with as many requests as it takes
-                download_rest          send one request
-                    check_reply        check that the reply is what was asked for
-        read_encoder                   load the tokenizer
-        read_hparams                   load the hyperparameters
-        ckpt_prefix                    find the checkpoint
-        load_gpt2_params_from_tf_ckpt  load the weights
-            load_weights               map the data file, or read it with TensorFlow, or both
-                weight_shapes          list what GPT-2 must have
-                can_be_mapped          compare the size of the data file
-                read_with_tensorflow   read the weights, and verify their checksums
-                    import_tensorflow
-                    damage_as_user_error
-                    check_names_and_shapes
-                make_stamp             tell which data file this is
-                is_verified            see whether an earlier run has verified it
-                map_weights            map the data file
-                map_and_compare        map it, and compare it with what TensorFlow reads
-            nest                       make a tree of the weights
-    parse_arguments                    read the command line
-    one_line_errors                    print errors that the user can fix
-        replace_unencodable_characters
-        flush_stdout
+    load_encoder_hparams_and_params         load everything that the model needs
+        download_gpt2_files                 download the files that are missing
+            download_file                   download one file, with as many requests as it takes
+                download_rest               send one request
+                    check_reply             check that the reply is what was asked for
+        read_encoder                        load the tokenizer
+        read_hparams                        load the hyperparameters
+        ckpt_prefix                         find the checkpoint
+        load_gpt2_params_from_tf_ckpt       load the weights
+            load_weights                    map the data file, or read it with TensorFlow, or both
+                weight_shapes               list what GPT-2 must have
+                can_be_mapped               compare the size of the data file
+                read_with_tensorflow        read the weights, and verify their checksums
+                    import_tensorflow       without its log messages
+                    damage_as_user_error    name the file, and say what to do
+                    check_names_and_shapes  compare with weight_shapes
+                make_stamp                  tell which data file this is
+                is_verified                 see whether an earlier run has verified it
+                map_weights                 map the data file
+                map_and_compare             map it, and compare it with what TensorFlow reads
+            nest                            make a tree of the weights
+    parse_arguments                         read the command line
+    one_line_errors                         print errors that the user can fix
+        replace_unencodable_characters      print "?" instead
+        flush_stdout                        or discard what it holds
 """
 
 import contextlib
@@ -81,14 +81,18 @@ def download_gpt2_files(model_size, model_dir):
     """Download whichever of OpenAI's seven files are missing from the folder model_dir.
 
     `checkpoint` comes last. So if it is there, the weights are complete, or are the user's own, and
-    only the three small files are downloaded. Raises UserError or OSError.
+    only the three small files are downloaded. Raises UserError, OSError or ImportError.
     """
     model_dir = Path(model_dir)
     model_dir.mkdir(parents=True, exist_ok=True)
     names = ["encoder.json", "hparams.json", "vocab.bpe"]
     if not (model_dir / "checkpoint").exists():
-        names += ["model.ckpt.meta", "model.ckpt.data-00000-of-00001", "model.ckpt.index"]
-        names.append("checkpoint")
+        names += [
+            "model.ckpt.meta",
+            "model.ckpt.data-00000-of-00001",
+            "model.ckpt.index",
+            "checkpoint",
+        ]
     for name in names:
         path = model_dir / name
         if not path.exists():
@@ -127,7 +131,7 @@ def download_rest(url, part):
     }
     try:
         reply = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT)
-    except ValueError as error:  # a plain one, as for some malformed proxy addresses
+    except ValueError as error:  # some malformed proxy addresses raise it
         raise OSError(f"invalid proxy or URL: {error}") from error
 
     with reply, open(part, "r+b") as file:  # not "ab": the last byte is written again
@@ -241,8 +245,8 @@ def load_weights(prefix, hparams):
     data_file = Path(f"{prefix}.data-00000-of-00001")
     stamp_file = Path(f"{prefix}.verified")
 
-    # case 1: it cannot be mapped, because its size is another: float16 numbers, several shards, or
-    # an optimizer's variables. Or it is incomplete, and TensorFlow will say so
+    # case 1: it cannot be mapped, because its size differs: float16 numbers, several shards, or an
+    # optimizer's variables. Or it is incomplete, and TensorFlow will say so
     if not can_be_mapped(data_file, shapes):
         return dict(read_with_tensorflow(prefix, shapes))
 
@@ -251,8 +255,8 @@ def load_weights(prefix, hparams):
     if is_verified(stamp_file, stamp):
         return map_weights(data_file, shapes)
 
-    # case 3: compare them now. The stamp was made before, so if the file changes meanwhile, it does
-    # not match it, and the next run compares again
+    # case 3: compare them now. The stamp was made before, so if the file changes meanwhile, it will
+    # not match, and the next run compares again
     weights, all_equal = map_and_compare(prefix, data_file, shapes)
     if all_equal:
         with contextlib.suppress(OSError):  # in a read-only folder, every run compares
@@ -347,7 +351,7 @@ def check_names_and_shapes(prefix, variables, shapes):
     for name, shape in variables.items():
         if not name.endswith(("/wte", "/wpe", "/g", "/b", "/w")):
             continue
-        if len(shape) == 3 and shape[0] == 1:  # OpenAI's "w" have an extra first axis
+        if len(shape) == 3 and shape[0] == 1:  # each "w" of OpenAI's has an extra first axis
             stored[name] = tuple(shape[1:])
         else:
             stored[name] = tuple(shape)

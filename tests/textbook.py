@@ -1,13 +1,13 @@
-"""GPT-2 for one token at a time: the functions of gpt2.py again, in loops over tokens and heads.
+"""GPT-2 for one token at a time: the functions of gpt2.py again, in plain loops.
 
 In gpt2.py, x is a matrix with one row per token. Here, a function that has x there takes one `row`,
-or a list of `rows` where tokens look at each other (in mha and in all that calls it). There is no
+or a list of `rows` where tokens look at each other (in mha and its callers). There is no
 mask, because token i is simply not shown any later tokens, and no cache. Where a line of gpt2.py is
 hard to picture, find it here.
 
     python tests/textbook.py
 
-shows what happens inside the toy of tests/toy while it continues a line of its poem.
+shows what happens inside the toy of tests/toy while it continues a line of the poem that it knows.
 """
 
 import math
@@ -16,13 +16,16 @@ import numpy as np
 
 
 def gelu(number):
-    """A number -> about the number times the probability that a normal variable is smaller."""
+    """A number -> a number: large ones stay as they are, very negative ones become almost 0."""
     inner = math.sqrt(2 / math.pi) * (number + 0.044715 * number**3)
     return 0.5 * number * (1 + math.tanh(inner))
 
 
 def softmax(scores):
-    """A list of numbers -> a list of positive numbers whose sum is 1."""
+    """A list of numbers -> a list of positive numbers whose sum is 1.
+
+    (gpt2.py subtracts the maximum first, so that large numbers do not overflow.)
+    """
     powers = [math.exp(score) for score in scores]
     total = sum(powers)
     return [power / total for power in powers]
@@ -116,35 +119,30 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
 
 
 def show(encoder, params, n_head, text):
-    """Print what happens inside the model while it reads this text and writes 5 tokens more."""
+    """Print what happens inside the model while it reads this text and writes 5 more tokens."""
     ids = encoder.encode(text)
-    tokens = [encoder.decode([i]) for i in ids]
+    tokens = [encoder.decode([token_id]) for token_id in ids]
     print("ids:   ", ids)
     print("tokens:", tokens)
+    show_layers(ids, tokens, params, n_head)
+    show_generation(ids, encoder, params, n_head)
 
-    print("\nThe last token is a row of", params["wte"].shape[1], "numbers. The first 6 of them:")
-    rows = [params["wte"][i] + params["wpe"][position] for position, i in enumerate(ids)]
+
+def show_layers(ids, tokens, params, n_head):
+    """Print how the row of the last token changes from layer to layer."""
+    rows = [params["wte"][token_id] + params["wpe"][i] for i, token_id in enumerate(ids)]
+    print("\nThe last token is a row of", len(rows[-1]), "numbers. The first 6 of them:")
     print("wte + wpe    ", rows[-1][:6])
-    for i, block in enumerate(params["blocks"]):
-        if i == 1:
+    for layer, block in enumerate(params["blocks"]):
+        if layer == 1:  # the one in the README's picture
+            print("attention weights of layer 1 for the last token:")
             show_attention(rows, tokens, block, n_head)
         rows = transformer_block(rows, **block, n_head=n_head)
-        print(f"after layer {i}", rows[-1][:6])
-
-    print("\nThe three most likely next tokens, the first of which is appended:")
-    for _ in range(5):
-        logits = gpt2(ids, **params, n_head=n_head)
-        probabilities = softmax(logits[-1])
-        best_first = np.argsort(probabilities)[::-1]
-        for i in best_first[:3]:
-            print(f"{probabilities[i]:.3f} {encoder.decode([i])!r:13}", end="")
-        print()
-        ids.append(best_first[0])
+        print(f"after layer {layer}", rows[-1][:6])
 
 
 def show_attention(rows, tokens, block, n_head):
-    """Print what the heads of one layer look at: their attention weights for the last token."""
-    print("layer 1, attention weights with which each head averages the values of these tokens:")
+    """Print with which weights each head averages the values of the tokens, for the last token."""
     queries, keys = [], []
     for row in rows:
         normalized = layer_norm(row, **block["ln_1"])
@@ -160,6 +158,19 @@ def show_attention(rows, tokens, block, n_head):
         print()
 
 
+def show_generation(ids, encoder, params, n_head):
+    """Print the three most likely tokens, append the first of them, and so on, 5 times."""
+    print("\nThe three most likely next tokens, the first of which is appended:")
+    for _ in range(5):
+        logits = gpt2(ids, **params, n_head=n_head)
+        probabilities = softmax(logits[-1])
+        best_first = np.argsort(probabilities)[::-1]
+        for token_id in best_first[:3]:
+            print(f"{probabilities[token_id]:.3f} {encoder.decode([token_id])!r:13}", end="")
+        print()
+        ids = [*ids, int(best_first[0])]
+
+
 if __name__ == "__main__":
     import pathlib
     import sys
@@ -168,6 +179,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(tests.parent))
     from utils import load_encoder_hparams_and_params
 
+    # the toy is stored under the name of one of OpenAI's models
     encoder, hparams, params = load_encoder_hparams_and_params("124M", tests / "toy")
     np.set_printoptions(precision=2, suppress=True)
     show(encoder, params, hparams["n_head"], "One, two!")

@@ -26,8 +26,8 @@ PATTERN = regex.compile(
     | [ ]?\p{L}+               # letters, with the space before them, if any
     | [ ]?\p{N}+               # numbers, with the space before them, if any
     | [ ]?[^\s\p{L}\p{N}]+     # other characters, with the space before them, if any
-    | \s+(?!\S)                # whitespace, without its last character if a word follows: "a  b" is
-                               # "a", " ", " b"
+    | \s+(?!\S)                # whitespace, without its last character if a word follows, so that a
+                               # last space goes with the word: "a  b" is "a", " ", " b"
     | \s+                      # what is left: a single whitespace character, not a space, in front
                                # of a word: "a\n\nb" is "a", "\n", "\n", "b"
     """,
@@ -144,7 +144,7 @@ class Encoder:
         """Yield the text piece by piece; joined, the pieces are what `decode` returns.
 
         There is a piece, perhaps empty, for each id. If a token ends in the middle of a character,
-        the character belongs to the piece that completes it. One more piece follows at the end: it
+        its last bytes are kept until the rest of them comes. One more piece follows at the end: it
         is empty, unless the last character is incomplete.
         """
         IncrementalDecoder = codecs.getincrementaldecoder("utf-8")

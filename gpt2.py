@@ -2,7 +2,7 @@
 
 A token is a word, a piece of a word, or punctuation, and its id is its number in the vocabulary.
 GPT-2 does one thing: given a text, it gives each token of its vocabulary a number, its logit. The
-larger the logit, the more likely is this token to come next. Append the most likely token, ask
+larger the logit, the more likely this token is to come next. Append the most likely token, ask
 again, and a text is generated. The command
 
     python gpt2.py "Alan Turing theorized that"
@@ -53,8 +53,8 @@ def gelu(x):
     approximation of x * P(Z < x), where Z is a standard normal variable: "Gaussian Error Linear
     Units" (Hendrycks and Gimpel 2016), section 2.
     """
-    # math.sqrt, because np.sqrt would return a float64 scalar, which in NumPy 2 makes everything
-    # computed with it float64; and x * x * x, because x**3 is much slower
+    # math.sqrt returns a Python float, which leaves x float32. np.sqrt would return a float64
+    # scalar, and NumPy 2 would turn x into float64. (x * x * x, because x**3 is much slower)
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
@@ -116,7 +116,7 @@ def attention(q, k, v, mask):
     """
     # A score is a sum of d terms, and the typical size of such a sum grows like sqrt(d). Without
     # the division, softmax would put nearly all the weight on one key. Dividing q has the same
-    # effect as dividing q k^T, but q is smaller when the text is long.
+    # effect as dividing the scores, of which there are more in a long text.
     scaled_q = q / math.sqrt(q.shape[-1])
     scores = scaled_q @ k.swapaxes(-1, -2) + mask  # [n_q, d] @ [d, n_k] -> [n_q, n_k]
     weights = softmax(scores)  # the attention weights; each row has a sum of 1
@@ -128,7 +128,7 @@ def attention(q, k, v, mask):
 
 
 def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
-    """Causal multi-head self-attention: each token gathers from itself and earlier ones.
+    """Causal multi-head self-attention: each token looks at itself and earlier tokens.
 
     A single head gives each token only one weighted average. So there are n_head heads side by
     side, each of which can look for something else: each has queries, keys and values of its own,
@@ -153,6 +153,7 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
     if kvcache is not None:
         kvcache[0, :, n_past : n_past + n_seq] = k
         kvcache[1, :, n_past : n_past + n_seq] = v
+        # from here on, k and v are those of the earlier tokens, too; q is that of the new ones only
         k, v = kvcache[:, :, : n_past + n_seq]  # each [n_head, n_past + n_seq, n_embd/n_head]
 
     # causal mask: a row per query, a column per key. Query i belongs to token n_past + i, and sees
@@ -169,9 +170,9 @@ def mha(x, c_attn, c_proj, n_head, kvcache=None, n_past=0):
     heads = attention(q, k, v, mask)  # [n_head, n_seq, n_embd/n_head]
     # merge heads: put their results side by side again, token by token:
     # [n_head, n_seq, n_embd/n_head] -> [n_seq, n_head, n_embd/n_head] -> [n_seq, n_embd]
-    x = heads.swapaxes(0, 1).reshape(n_seq, n_embd)
+    merged = heads.swapaxes(0, 1).reshape(n_seq, n_embd)
     # project: combine what the heads have found: [n_seq, n_embd] -> [n_seq, n_embd]
-    return linear(x, **c_proj)
+    return linear(merged, **c_proj)
 
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, kvcache=None, n_past=0):
@@ -216,7 +217,7 @@ def transformer(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
     """
     ids = np.asarray(inputs)  # [n_seq]
     positions = np.arange(n_past, n_past + len(ids))  # [n_seq]
-    # apart from the mask, attention ignores the order of the rows, so each gets its position added
+    # attention cannot tell where a token stands, so a position embedding is added to each row
     x = wte[ids] + wpe[positions]  # pick a row per token: [n_seq] -> [n_seq, n_embd]
 
     for i, block in enumerate(blocks):
@@ -229,8 +230,8 @@ def transformer(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
     """The model: token ids [n_seq] -> logits [n_seq, n_vocab].
 
-    Row i predicts the token that follows inputs[: i + 1], with one logit for each token of the
-    vocabulary. The arguments and errors are those of `transformer`.
+    Row i predicts the token that follows inputs[: i + 1] (and the tokens in the cache), with one
+    logit for each token of the vocabulary. The arguments and errors are those of `transformer`.
     """
     x = transformer(inputs, wte, wpe, blocks, ln_f, n_head=n_head, kvcache=kvcache, n_past=n_past)
     # tied embeddings: the logit of a token is the dot product of a row of x with the token's own
@@ -251,9 +252,12 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, kvcache=None, n_past=0):
 # are in it already, and only the new tokens have to go through the model. Up to rounding, the
 # results are the same as without a cache.
 #
-# For example, three inputs and two new tokens: inputs 0 and 1 fill the cache (n_past = 0), input 2
-# gives the first new token (n_past = 2), and this one gives the second (n_past = 3). So the cache
-# needs room for four.
+# For example, three inputs and two new tokens:
+#
+#     phase      goes through the model    n_past    in the cache afterwards    yields
+#     prefill    inputs 0 and 1            0         2 tokens
+#     decode     input 2                   2         3 tokens                   new token 0
+#     decode     new token 0               3         4 tokens                   new token 1
 
 # How many tokens of a prompt go through the model at once. With larger chunks, attention's scores,
 # n_seq x (n_past + n_seq) per head, take more memory; with smaller ones, the matrix products are
@@ -273,7 +277,7 @@ def stream(inputs, params, n_head, n_tokens_to_generate):
     """
     n_ctx, n_embd = params["wpe"].shape
     n_layer = len(params["blocks"])
-    # the last new token is not fed back: hence the -1
+    # -1, because the last new token does not go through the model
     capacity = min(len(inputs) + n_tokens_to_generate - 1, n_ctx)
     # np.empty does not initialize the array: each entry is written before it is read
     kvcache = np.empty((n_layer, 2, n_head, capacity, n_embd // n_head), np.float32)
@@ -324,10 +328,8 @@ def main(
     Raises:
         UserError (a ValueError), OSError or ImportError: something the user can fix.
     """
-    from utils import (
-        UserError,
-        load_encoder_hparams_and_params,
-    )  # here, as the model needs no utils
+    # here, because the model itself does not need utils
+    from utils import UserError, load_encoder_hparams_and_params
 
     # check the count before anything is downloaded. The command line passes strings, and without
     # quotation marks, the second word of a prompt lands here

@@ -74,7 +74,7 @@ def load_encoder_hparams_and_params(model_size, models_dir):
 # ---- Download --------------------------------------------------------------------------------
 
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
-TIMEOUT = 60  # how many seconds to wait for the next bytes from the server
+TIMEOUT = 60  # seconds to wait for a connection, or for the next bytes
 
 
 def download_gpt2_files(model_size, model_dir):
@@ -123,7 +123,7 @@ def download_rest(url, part):
     """Request what the partial file still lacks, and append it. Raises OSError."""
     import requests  # here, because a run without a download does not need it
 
-    # ask for the last byte again: if the partial file is complete, an empty range is an HTTP error
+    # one byte early, because a complete file has no rest, and a request for it is an HTTP error
     start = max(part.stat().st_size - 1, 0)
     headers = {
         "Range": f"bytes={start}-",
@@ -202,10 +202,11 @@ def read_hparams(path):
 # In OpenAI's data file, the values are float32 arrays one after another, in the order of their
 # names, and nothing else. So it can be memory-mapped: the arrays are then parts of the file, which
 # the operating system reads when they are used. This is instant and needs no second copy in memory,
-# but it checks nothing. TensorFlow does, but importing it and reading all weights takes seconds. So
-# the first run does both and compares, and later runs rely on the map.
+# but it verifies no checksums. TensorFlow verifies them, but it takes seconds to import, and reads
+# everything. So the first run maps the file, reads it with TensorFlow as well, and compares. Later
+# runs rely on the map.
 
-# `checkpoint`, too, because as long as it exists, no weights are downloaded
+# it names `checkpoint`, too, because as long as that exists, no weights are downloaded
 DELETE_CHECKPOINT = "if it is OpenAI's, delete model.ckpt.* and checkpoint to download them again"
 
 
@@ -345,7 +346,8 @@ def damage_as_user_error(prefix, tf):
 def check_names_and_shapes(prefix, variables, shapes):
     """Raise UserError unless the variables of the checkpoint are GPT-2's weights.
 
-    variables: {name: shape}. There may be more variables, such as an optimizer's "model/wte/Adam".
+    variables: {name: shape}. Those whose names do not end like a weight's, such as an optimizer's
+    "model/wte/Adam", are ignored.
     """
     stored = {}
     for name, shape in variables.items():
@@ -369,8 +371,9 @@ def check_names_and_shapes(prefix, variables, shapes):
 def make_stamp(data_file, hparams):
     """Return the text of <prefix>.verified for this data file and these hparams.
 
-    hparams, because the same file can be cut in several ways. The time is in whole seconds, because
-    archives and container images store no fractions of them.
+    It includes hparams, because other sizes can have the same sum: then the same file would be cut
+    in another way. The time is in whole seconds, because archives and container images store no
+    fractions of them.
     """
     stamp = {
         "modified": int(data_file.stat().st_mtime),

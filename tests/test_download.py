@@ -230,5 +230,7 @@ def test_the_program_downloads_once_and_then_only_generates(tmp_path, server):
     assert first.stdout == second.stdout
     assert len(first.stdout) > 40
     assert "reading model.ckpt with TensorFlow: 100%" in first.stderr
+    bars = [line for line in re.split(r"[\r\n]+", first.stderr) if line]
+    assert [line for line in bars if "%|" not in line] == []  # no messages of TensorFlow
     assert second.stderr == ""
     assert server.asked == {name: [0] for name in FILES}

@@ -371,8 +371,8 @@ def check_names_and_shapes(prefix, variables, shapes):
 def make_stamp(data_file, hparams):
     """Return the text of <prefix>.verified for this data file and these hparams.
 
-    It includes hparams, because other sizes can have the same sum: then the same file would be cut
-    in another way. The time is in whole seconds, because archives and container images store no
+    It includes hparams, because other sizes can add up to the same length, and the file would be
+    cut differently. The time is in whole seconds, because archives and container images store no
     fractions of them.
     """
     stamp = {
